@@ -1,0 +1,1 @@
+"""Numerics that several papers share: recurrences, solvers, measures."""

@@ -1,0 +1,1 @@
+"""Sequence models: recurrences, dynamical systems, forecasting."""
