@@ -1,0 +1,142 @@
+"""The command line: every mistake is one line on stderr and exit code 2."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from rich.console import Console
+from rich.table import Table
+
+from experiments.catalogue import UsageError, listing_table, markdown_table, nearest
+from experiments.launch import run_experiment
+
+COMMANDS = ("list", "run")
+# Bad input, a full disk, a missing file, a diverged training; the rest are bugs and keep a traceback.
+EXPECTED = (ValueError, OSError, FloatingPointError)
+
+
+class _Parser(argparse.ArgumentParser):
+    def __init__(self, **options: Any):
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (try {self.prog} --help)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`python -m experiments ...`; returns the exit code."""
+    return _guarded(_command, sys.argv[1:] if argv is None else argv)
+
+
+def main_config_file(argv: Sequence[str] | None = None) -> int:
+    """`python -m experiments.run --config=FILE:preset ...`; returns the exit code."""
+    return _guarded(_config_file_command, sys.argv[1:] if argv is None else argv)
+
+
+def _guarded(command: Any, argv: Sequence[str]) -> int:
+    try:
+        return command(list(argv))
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except EXPECTED as error:
+        if os.environ.get("JAXPAPERS_TRACEBACK"):
+            raise
+        print(f"error: {' '.join(str(error).split())} (JAXPAPERS_TRACEBACK=1 shows where)", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command resumes from the newest checkpoint", file=sys.stderr)
+        return 130
+
+
+def _command(argv: list[str]) -> int:
+    parser = _Parser(
+        prog="python -m experiments", description="Runs the papers' experiments and checks their claims."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{list,run}")
+    listing = commands.add_parser("list", help="all papers: room, slug, title, state")
+    listing.add_argument("--markdown", action="store_true", help="as the README's table")
+    running = commands.add_parser(
+        "run", help="run one experiment and check its claims", description=_RUN_HELP
+    )
+    running.add_argument(
+        "paper", metavar="SLUG[:PRESET]", help="e.g. alrnn or alrnn:smoke; default preset: small"
+    )
+    _add_run_options(running)
+    if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS:
+        raise UsageError(f"unknown command {argv[0]!r}{nearest(argv[0], COMMANDS)}")
+    arguments, rest = parser.parse_known_args(argv)
+    if arguments.command == "run":
+        return _run(arguments.paper, arguments, rest)
+    if rest:
+        raise UsageError(f"unknown option {rest[0]!r}{nearest(rest[0], ['--markdown', '--help'])}")
+    if arguments.markdown:
+        print(markdown_table())
+    else:
+        Console().print(listing_table())
+    return 0
+
+
+def _config_file_command(argv: list[str]) -> int:
+    parser = _Parser(prog="python -m experiments.run", description=_RUN_HELP)
+    parser.add_argument(
+        "--config", required=True, metavar="FILE[:PRESET]", help="experiments/<room>/<slug>.py:small"
+    )
+    _add_run_options(parser)
+    arguments, rest = parser.parse_known_args(argv)
+    return _run(arguments.config, arguments, rest)
+
+
+_RUN_HELP = (
+    "Any field of the config can be set: --config.seed=1 --config.model.width=64. Lists are written 1,2,3."
+)
+_OPTIONS = ("--workdir", "--overwrite", "--strict", "--record", "--config.FIELD=VALUE")
+
+
+def _add_run_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--workdir", type=Path, help="where the run is kept; default runs/<slug>/<preset>")
+    parser.add_argument("--overwrite", action="store_true", help="drop an earlier run in the workdir")
+    parser.add_argument("--strict", action="store_true", help="exit with 1 if a claim fails")
+    parser.add_argument("--record", action="store_true", help="keep the results under experiments/results/")
+
+
+def _run(target: str, arguments: argparse.Namespace, rest: Sequence[str]) -> int:
+    workdir, results = run_experiment(
+        target, _assignments(rest), arguments.workdir, arguments.overwrite, arguments.record
+    )
+    claims = results["claims"]
+    Console().print(_claims_table(claims))
+    held = sum(claim["status"] == "holds" for claim in claims)
+    print(
+        f"{held} of {len(claims)} claims hold ({results['seconds']:.0f} s); results and figures in {workdir}"
+    )
+    return int(arguments.strict and any(claim["status"] == "fails" for claim in claims))
+
+
+def _assignments(words: Sequence[str]) -> list[str]:
+    """`field=value` of each `--config.field=value` or `--config.field value`."""
+    assignments = []
+    words = list(words)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--config."):
+            raise UsageError(f"unknown option {word!r}{nearest(word, _OPTIONS)}")
+        if "=" not in word:
+            if not words:
+                raise UsageError(f"{word} needs a value, as in {word}=3")
+            word = f"{word}={words.pop(0)}"
+        assignments.append(word.removeprefix("--config."))
+    return assignments
+
+
+def _claims_table(claims: Sequence[dict[str, str]]) -> Table:
+    table = Table("claim", "where", "paper", "ours", "", header_style="bold")
+    colours = {"holds": "green", "fails": "red"}
+    for claim in claims:
+        status = claim["status"]
+        colour = colours.get(status, "yellow")
+        table.add_row(claim["id"], claim["where"], claim["paper"], claim["ours"], f"[{colour}]{status}[/]")
+    return table

@@ -1,0 +1,129 @@
+"""What an experiment is made of: the paper's card, its claims, and the folder of a run.
+
+An experiment is a file `experiments/<room>/<slug>.py` with `PAPER`, `get_config(preset)`, `programs(config)`,
+`run(config, run)`, `CLAIMS` and `COVER` (the figure that stands for it in the gallery). It is found by its
+file name; nothing registers it.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import closing
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib
+from matplotlib.figure import Figure
+from rich.console import Console
+
+from jaxpapers.train import Checkpoints, Fitted, MetricsWriter, fit, write_whole
+
+PRESETS = ("smoke", "small", "paper")
+Metrics = Mapping[str, Any]
+
+
+class Paper(NamedTuple):
+    """The card of a paper.
+
+    Attributes:
+      title: as published.
+      authors: as published.
+      year: of publication.
+      arxiv: arXiv id, empty where there is none.
+      code: `owner/name` of the authors' repository, empty where there is none.
+    """
+
+    title: str
+    authors: str
+    year: int
+    arxiv: str
+    code: str = ""
+
+
+class Claim(NamedTuple):
+    """A claim of a paper, checked on the numbers that `run` returns.
+
+    Attributes:
+      id: short name, the key in results.json.
+      where: place in the paper.
+      statement: what is claimed, and the criterion by which it is checked here.
+      paper: the paper's own figure.
+      ours: `metrics -> text`, our figure.
+      holds: `metrics -> bool`. A metric that is missing (KeyError) makes the claim `not run`.
+    """
+
+    id: str
+    where: str
+    statement: str
+    paper: str
+    ours: Callable[[Metrics], str]
+    holds: Callable[[Metrics], Any]
+
+
+def check_claims(claims: Iterable[Claim], metrics: Metrics) -> list[dict[str, str]]:
+    """Each claim with our figure and its status: "holds", "fails" or "not run: <the missing metric>"."""
+    checked = []
+    for claim in claims:
+        try:
+            ours, status = claim.ours(metrics), "holds" if claim.holds(metrics) else "fails"
+        except KeyError as missing:
+            ours, status = "", f"not run: no {missing.args[0]}"
+        checked.append(
+            {
+                **{k: getattr(claim, k) for k in ("id", "where", "statement", "paper")},
+                "ours": ours,
+                "status": status,
+            }
+        )
+    return checked
+
+
+class Run:
+    """The folder of one run, and what an experiment writes into it.
+
+    Args:
+      workdir: the folder; figures/, checkpoints/, metrics.jsonl and tensorboard/ lie in it.
+      console: where `say` prints.
+    """
+
+    def __init__(self, workdir: Path, console: Console):
+        self.workdir = workdir
+        self._console = console
+
+    def say(self, text: str) -> None:
+        """Tells the person who waits what happens now."""
+        self._console.print(text, highlight=False, markup=False)
+
+    def fit(self, stage: str, *args: Any, **options: Any) -> Fitted:
+        """`jaxpapers.train.fit` with this run's checkpoints and metrics; resumes where it was stopped.
+
+        Args:
+          stage: name of what is trained, unique within the run.
+          *args: state, train_step, batches, num_steps.
+          **options: as of `fit`.
+        """
+        with closing(Checkpoints(self.workdir / "checkpoints" / stage)) as checkpoints:
+            resume_step = checkpoints.latest_step() or 0
+            if resume_step:
+                self.say(f"{stage}: resuming from step {resume_step:,}")
+            with closing(MetricsWriter(self.workdir, stage, resume_step)) as metrics:
+                return fit(*args, checkpoints=checkpoints, metrics=metrics, title=stage, **options)
+
+    def figure(self, name: str, figure: Figure) -> Path:
+        """Saves figures/<name>.png, whole, and returns its path."""
+        path = self.workdir / "figures" / f"{name}.png"
+        write_whole(path, lambda file: figure.savefig(file, format="png", dpi=150, bbox_inches="tight"))
+        return path
+
+
+def use_figure_style() -> None:
+    """One look for all figures, legible at the README's width; draws without a display."""
+    matplotlib.use("Agg")
+    matplotlib.rcParams.update(
+        {
+            "figure.figsize": (7.0, 4.0),
+            "font.size": 10,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.titlesize": 10,
+            "legend.frameon": False,
+        }
+    )

@@ -1,0 +1,74 @@
+"""Metrics on disk: one JSON object a line in `metrics.jsonl`, and the same numbers for TensorBoard."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tensorboardX import SummaryWriter
+
+from jaxpapers.train.files import write_whole
+
+
+def _plain(value: Any) -> Any:
+    """A JSON value: a number or (nested) lists of numbers; JSON has no NaN: "nan", "inf", "-inf" are text."""
+    array = np.asarray(value)
+    if array.ndim:
+        return [_plain(row) for row in array]
+    number = array.item()
+    return number if not isinstance(number, float) or np.isfinite(number) else str(number)
+
+
+class MetricsWriter:
+    """Appends metrics of one stage of a run; a resumed run first drops what lies after its checkpoint.
+
+    Args:
+      workdir: folder of the run; `metrics.jsonl` and `tensorboard/` lie in it.
+      stage: name of the stage (a run may fit several models one after another).
+      resume_step: lines of this stage with a later step are dropped, so that the file ends as if the run had
+        never stopped.
+    """
+
+    def __init__(self, workdir: Path, stage: str, resume_step: int = 0):
+        self.stage = stage
+        path = workdir / "metrics.jsonl"
+        if path.exists():
+            _drop_after(path, stage, resume_step)
+        self._file = path.open("a", encoding="utf8")
+        self._board = SummaryWriter(str(workdir / "tensorboard" / stage), purge_step=resume_step + 1)
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Writes the values of one step: scalars, or arrays of shape (models,) for a population."""
+        line = {"stage": self.stage, "step": step, **{name: _plain(value) for name, value in values.items()}}
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            array = np.asarray(value, dtype=float)
+            for index in np.ndindex(array.shape):
+                self._board.add_scalar("/".join([name, *map(str, index)]), array[index], step)
+
+    def close(self) -> None:
+        """Closes both files; `contextlib.closing` does it."""
+        self._file.close()
+        self._board.close()
+
+
+def read_metrics(workdir: str | os.PathLike, stage: str | None = None) -> list[dict[str, Any]]:
+    """The lines of `metrics.jsonl` (those of one stage, if named); a last line cut by a crash is left out."""
+    path = Path(workdir) / "metrics.jsonl"
+    lines = []
+    for text in path.read_text(encoding="utf8").splitlines() if path.exists() else []:
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            continue
+        if stage is None or line["stage"] == stage:
+            lines.append(line)
+    return lines
+
+
+def _drop_after(path: Path, stage: str, step: int) -> None:
+    kept = [line for line in read_metrics(path.parent) if line["stage"] != stage or line["step"] <= step]
+    write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))

@@ -1,0 +1,314 @@
+"""The training loop, held against NumPy's own gradient descent and against itself after a crash."""
+
+import json
+from contextlib import closing
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxpapers.train import (
+    CheckpointMismatch,
+    Checkpoints,
+    MetricsWriter,
+    NonFiniteLoss,
+    OnDevice,
+    create_population,
+    create_state,
+    exponential_per_epoch,
+    fit,
+    make_optimizer,
+    make_schedule,
+    make_train_step,
+    member,
+    read_metrics,
+    scan_steps,
+    vmap_step,
+    write_whole,
+)
+
+KEY = jax.random.key(0)
+INPUTS = np.random.default_rng(0).normal(size=(64, 3)).astype(np.float32)
+TARGETS = INPUTS @ np.float32([1.0, -2.0, 0.5])
+
+
+def least_squares(params, extra, batch, key):
+    """Mean squared error with a little input noise, so that the keys matter."""
+    inputs, targets = batch
+    inputs = inputs + 0.1 * jax.random.normal(key, inputs.shape)
+    loss = jnp.mean((inputs @ params["w"] - targets) ** 2)
+    return loss, (extra, {"norm": jnp.linalg.norm(params["w"])})
+
+
+class HostBatches:
+    """Eight rows a step; raises at `crash_at` as a process that dies there."""
+
+    def __init__(self, crash_at=None):
+        self.crash_at = crash_at
+
+    def __getitem__(self, step):
+        if step == self.crash_at:
+            raise RuntimeError("crash")
+        rows = (np.arange(8) + 8 * step) % 64
+        return INPUTS[rows], TARGETS[rows]
+
+
+def device_batch(step):
+    rows = (jnp.arange(8) + 8 * step) % 64
+    return jnp.asarray(INPUTS)[rows], jnp.asarray(TARGETS)[rows]
+
+
+def new_state(optimizer):
+    return create_state({"w": jnp.zeros(3)}, optimizer)
+
+
+def train(num_steps, batches, **options):
+    optimizer = optax.adam(1e-2)
+    step = make_train_step(least_squares, optimizer)
+    return fit(new_state(optimizer), step, batches, num_steps, key=KEY, **options)
+
+
+def bits(tree):
+    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
+
+
+def test_sgd_equals_numpy():
+    def plain(params, extra, batch, key):
+        loss = jnp.mean((batch[0] @ params["w"] - batch[1]) ** 2)
+        return loss, (extra, {})
+
+    optimizer = optax.sgd(0.1)
+    fitted = fit(new_state(optimizer), make_train_step(plain, optimizer), HostBatches(), 20, key=KEY)
+    weights = np.zeros(3)
+    for step in range(20):
+        inputs, targets = HostBatches()[step]
+        weights -= 0.1 * 2 * inputs.T @ (inputs @ weights - targets) / 8
+    np.testing.assert_allclose(fitted.state.params["w"], weights, rtol=1e-5)  # float32 against float64
+    assert int(fitted.state.step) == 20
+    assert fitted.best is None
+
+
+def test_host_batches_and_device_batches_agree():
+    host = train(30, HostBatches(), steps_per_call=5)
+    device = train(30, OnDevice(device_batch), steps_per_call=5)
+    # One program a step against one scanned program: XLA may order the sums differently.
+    np.testing.assert_allclose(host.state.params["w"], device.state.params["w"], rtol=1e-5)
+
+
+def test_scanned_metrics_are_means():
+    optimizer = optax.sgd(0.0)
+    step = make_train_step(least_squares, optimizer)
+    _, scanned = jax.jit(scan_steps(step, device_batch, 4))(new_state(optimizer), KEY)
+    state, losses = new_state(optimizer), []
+    for index in range(4):
+        state, metrics = step(state, device_batch(index), KEY)
+        losses.append(metrics["loss"])
+    np.testing.assert_allclose(scanned["loss"], np.mean(losses), rtol=1e-6)
+
+
+@pytest.mark.parametrize("crash_at", [1, 17, 39])
+def test_a_crashed_run_resumes_bit_for_bit(tmp_path, crash_at):
+    def run(folder, batches):
+        with (
+            closing(Checkpoints(folder / "checkpoints")) as checkpoints,
+            closing(MetricsWriter(folder, "main", checkpoints.latest_step() or 0)) as metrics,
+        ):
+            return train(
+                40,
+                batches,
+                steps_per_call=2,
+                log_every=4,
+                evaluate=lambda state: {"distance": jnp.sum((state.params["w"] - 1) ** 2)},
+                evaluate_every=8,
+                minimize="distance",
+                checkpoint_every=10,
+                checkpoints=checkpoints,
+                metrics=metrics,
+            )
+
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "crashed").mkdir()
+    whole = run(tmp_path / "whole", HostBatches())
+    with pytest.raises(RuntimeError, match="crash"):
+        run(tmp_path / "crashed", HostBatches(crash_at))
+    resumed = run(tmp_path / "crashed", HostBatches())
+    assert bits(whole) == bits(resumed)
+    assert read_metrics(tmp_path / "whole") == read_metrics(tmp_path / "crashed")
+    again = run(tmp_path / "crashed", HostBatches(0))  # finished: no step is taken any more
+    assert bits(again) == bits(whole)
+
+
+def test_population_equals_single_runs():
+    optimizer = optax.adam(1e-2)
+    step = make_train_step(least_squares, optimizer)
+    keys = jax.random.split(KEY, 3)
+
+    def init(key):
+        return {"w": jax.random.normal(key, (3,))}
+
+    state = create_population(init, optimizer, keys)
+    population = fit(
+        state, vmap_step(step, shared_batch=True), OnDevice(device_batch), 20, key=keys, steps_per_call=10
+    ).state
+    for index in range(3):
+        single = create_state(init(keys[index]), optimizer)
+        single = fit(single, step, OnDevice(device_batch), 20, key=keys[index], steps_per_call=10).state
+        expected = member(population.params, index)["w"]
+        np.testing.assert_allclose(
+            single.params["w"], expected, rtol=1e-5
+        )  # batched and plain dots differ in order
+
+
+def test_best_is_kept_for_each_model_and_nan_is_worst():
+    optimizer = optax.sgd(1.0)
+
+    def count_down(params, extra, batch, key):
+        return params["w"], (extra, {})  # w falls by 1 a step
+
+    table = jnp.array([[3.0, jnp.nan], [1.0, jnp.nan], [2.0, 5.0]])
+    state = create_population(lambda key: {"w": jnp.zeros(())}, optimizer, jax.random.split(KEY, 2))
+    fitted = fit(
+        state,
+        vmap_step(make_train_step(count_down, optimizer), shared_batch=True),
+        OnDevice(lambda step: None),
+        3,
+        key=jax.random.split(KEY, 2),
+        evaluate=lambda state: {"score": table[state.step - 1]},
+        evaluate_every=1,
+        minimize="score",
+    )
+    np.testing.assert_array_equal(fitted.best.score, [1.0, 5.0])
+    np.testing.assert_array_equal(fitted.best.step, [2, 3])
+    np.testing.assert_array_equal(fitted.best.params["w"], [-2.0, -3.0])
+
+
+def test_extra_is_carried_and_rows_are_checked():
+    optimizer = optax.sgd(0.0)
+
+    def counting(params, extra, batch, key):
+        return jnp.sum(params["w"] ** 2), (extra + 1, {"count": extra})
+
+    state = create_state({"w": jnp.ones(2)}, optimizer, extra=jnp.zeros((), jnp.int32))
+    fitted = fit(state, make_train_step(counting, optimizer), OnDevice(lambda step: None), 7, key=KEY)
+    assert int(fitted.state.extra) == 7
+    with pytest.raises(ValueError, match=r"shape \(3,\); expected \(2, ...\)"):
+        create_population(lambda key: {"w": jnp.ones(2)}, optimizer, jax.random.split(KEY, 2), jnp.zeros(3))
+
+
+def diverging(params, extra, batch, key):
+    return params["w"] * jnp.where(batch, jnp.nan, 1.0), (extra, {})
+
+
+def test_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(tmp_path):
+    optimizer = optax.sgd(0.1)
+    state = create_state({"w": jnp.ones(())}, optimizer)
+    step = make_train_step(diverging, optimizer)
+    with closing(Checkpoints(tmp_path)) as checkpoints:
+        with pytest.raises(NonFiniteLoss, match="loss is nan at step 8"):
+            fit(
+                state,
+                step,
+                OnDevice(lambda step: step >= 7),
+                20,
+                key=KEY,
+                log_every=100,
+                checkpoints=checkpoints,
+                checkpoint_every=2,
+            )
+        step_number, (restored, _) = checkpoints.restore((state, None))
+    assert step_number == 6
+    assert np.isfinite(restored.params["w"])
+
+
+def test_one_diverged_model_does_not_stop_the_others():
+    optimizer = optax.sgd(0.1)
+    keys = jax.random.split(KEY, 2)
+    state = create_population(lambda key: {"w": jnp.ones(())}, optimizer, keys)
+    step = vmap_step(make_train_step(diverging, optimizer))
+    fitted = fit(state, step, OnDevice(lambda step: jnp.array([False, True])), 5, key=keys, log_every=1)
+    assert np.isfinite(fitted.state.params["w"][0])
+    assert np.isnan(fitted.state.params["w"][1])
+
+
+def test_bad_intervals_and_missing_metrics_are_refused():
+    with pytest.raises(ValueError, match="log_every=3 must be a multiple of steps_per_call=2"):
+        train(10, HostBatches(), steps_per_call=2, log_every=3)
+    with pytest.raises(ValueError, match="minimize='loss' needs"):
+        train(10, HostBatches(), minimize="loss")
+    with pytest.raises(ValueError, match=r"returned \['a'\], not 'b'"):
+        train(2, HostBatches(), evaluate=lambda state: {"a": 0.0}, minimize="b")
+
+
+def test_progress_is_silent_without_a_terminal(capsys):
+    train(3, HostBatches())
+    captured = capsys.readouterr()
+    assert captured.out == captured.err == ""
+
+
+def test_checkpoints_keep_the_newest_and_refuse_another_tree(tmp_path):
+    with closing(Checkpoints(tmp_path, keep=2)) as checkpoints:
+        for step in (1, 2, 3):
+            checkpoints.save(step, {"w": jnp.full(3, float(step))})
+        step, tree = checkpoints.restore({"w": jnp.zeros(3)})
+        assert step == 3
+        np.testing.assert_array_equal(tree["w"], 3.0)
+        for other in ({"w": jnp.zeros(4)}, {"v": jnp.zeros(3)}):
+            with pytest.raises(CheckpointMismatch, match="checkpoint 3 in"):
+                checkpoints.restore(other)
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name.isdigit()) == ["2", "3"]
+
+
+def test_metrics_survive_a_cut_line_and_non_finite_numbers(tmp_path):
+    with closing(MetricsWriter(tmp_path, "a")) as metrics:
+        metrics.write(1, {"loss": jnp.array([1.0, jnp.nan])})
+        metrics.write(2, {"loss": jnp.array([2.0, jnp.inf])})
+    with closing(MetricsWriter(tmp_path, "b")) as metrics:
+        metrics.write(2, {"count": 3})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"stage": "b", "st')
+    with closing(MetricsWriter(tmp_path, "a", resume_step=1)) as metrics:
+        metrics.write(2, {"loss": 0.5})
+    assert read_metrics(tmp_path) == [
+        {"stage": "a", "step": 1, "loss": [1.0, "nan"]},
+        {"stage": "b", "step": 2, "count": 3},
+        {"stage": "a", "step": 2, "loss": 0.5},
+    ]
+    for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert any((tmp_path / "tensorboard" / "a").iterdir())
+
+
+def test_files_are_whole_or_as_before(tmp_path):
+    path = tmp_path / "deep" / "file.txt"
+    write_whole(path, "first")
+
+    def half(file):
+        file.write(b"sec")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_whole(path, half)
+    assert path.read_text() == "first"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_schedules_and_optimizers_by_name():
+    schedule = make_schedule("cosine_decay_schedule", init_value=2.0, decay_steps=10)
+    assert float(schedule(5)) == pytest.approx(1.0)
+    schedule = exponential_per_epoch(1.0, 0.01, num_steps=100, steps_per_epoch=50)
+    # Two epochs; the rate is constant within one, and would be 0.01 at the start of the third.
+    assert [float(schedule(step)) for step in (0, 49, 50, 99, 100)] == pytest.approx(
+        [1.0, 1.0, 0.1, 0.1, 0.01]
+    )
+    updates, _ = make_optimizer("sgd", 0.5).update(jnp.ones(2), make_optimizer("sgd", 0.5).init(jnp.ones(2)))
+    np.testing.assert_array_equal(updates, -0.5)
+    with pytest.raises(ValueError, match="unknown optimizer 'radm'; did you mean 'radam'"):
+        make_optimizer("radm", 0.1)
+    with pytest.raises(
+        ValueError, match="unknown schedule 'cosine_decay'; did you mean 'cosine_decay_schedule'"
+    ):
+        make_schedule("cosine_decay")
+    with pytest.raises(ValueError, match="'adam': got an unexpected keyword argument 'beta'"):
+        make_optimizer("adam", 0.1, beta=0.9)
