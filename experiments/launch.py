@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from rich.console import Console
 
 from experiments.catalogue import RESULTS, UsageError, load, parse_target
 from experiments.harness import Run, check_claims, use_figure_style
 from experiments.overrides import override
-from jaxpapers.train import write_whole
+from jaxpapers.train import json_value, write_whole
 
 
 def run_experiment(
@@ -60,7 +59,7 @@ def run_experiment(
     use_figure_style()
     start = time.monotonic()
     measured = experiment.run(config, Run(workdir, console))
-    metrics = {name: np.asarray(value).tolist() for name, value in measured.items()}
+    metrics = {name: json_value(value) for name, value in measured.items()}
     results = {
         "paper": slug,
         "preset": preset,

@@ -17,7 +17,7 @@ files       files that are whole or absent
 from jaxpapers.train.checkpoint import CheckpointMismatch, Checkpoints
 from jaxpapers.train.files import write_whole
 from jaxpapers.train.loop import Best, Fitted, NonFiniteLoss, OnDevice, fit
-from jaxpapers.train.metrics import MetricsWriter, read_metrics
+from jaxpapers.train.metrics import MetricsWriter, json_value, read_metrics
 from jaxpapers.train.optimizers import exponential_per_epoch, make_optimizer, make_schedule
 from jaxpapers.train.state import TrainState, create_population, create_state, member
 from jaxpapers.train.step import LossFn, TrainStep, make_train_step, scan_steps, vmap_step
@@ -37,6 +37,7 @@ __all__ = [
     "create_state",
     "exponential_per_epoch",
     "fit",
+    "json_value",
     "make_optimizer",
     "make_schedule",
     "make_train_step",

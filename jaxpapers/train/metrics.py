@@ -12,11 +12,13 @@ from tensorboardX import SummaryWriter
 from jaxpapers.train.files import write_whole
 
 
-def _plain(value: Any) -> Any:
-    """A JSON value: a number or (nested) lists of numbers; JSON has no NaN: "nan", "inf", "-inf" are text."""
+def json_value(value: Any) -> Any:
+    """What JSON can hold of a metric: text, a number or (nested) lists; NaN and infinities become text."""
+    if isinstance(value, str):
+        return value
     array = np.asarray(value)
     if array.ndim:
-        return [_plain(row) for row in array]
+        return [json_value(row) for row in array]
     number = array.item()
     return number if not isinstance(number, float) or np.isfinite(number) else str(number)
 
@@ -41,7 +43,8 @@ class MetricsWriter:
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Writes the values of one step: scalars, or arrays of shape (models,) for a population."""
-        line = {"stage": self.stage, "step": step, **{name: _plain(value) for name, value in values.items()}}
+        numbers = {name: json_value(value) for name, value in values.items()}
+        line = {"stage": self.stage, "step": step, **numbers}
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
         for name, value in values.items():

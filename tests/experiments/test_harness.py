@@ -1,0 +1,278 @@
+"""The harness: targets, overrides, claims, the workdir's rules, the command line; on a toy experiment."""
+
+import json
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import jax
+import matplotlib.pyplot as plt
+import numpy as np
+import optax
+import pytest
+from ml_collections import ConfigDict
+
+from experiments import catalogue, cli, launch
+from experiments.catalogue import UsageError
+from experiments.harness import PRESETS, Claim, Paper, check_claims
+from experiments.overrides import override
+from jaxpapers.train import OnDevice, create_state, make_train_step, read_metrics
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def toy_config(preset="small"):
+    return ConfigDict(
+        {
+            "seed": 0,
+            "rate": 0.5,
+            "name": "sgd",
+            "fast": True,
+            "sizes": (1, 2),
+            "model": {"width": 4},
+            "crash": False,
+        }
+    )
+
+
+def toy_run(config, run):
+    """Walks w from 1 to 0; the last evaluation crashes where the config says so."""
+
+    def loss(params, extra, batch, key):
+        return params["w"] ** 2 / 2, (extra, {})
+
+    def evaluate(state):
+        if config.crash and CRASH["on"] and int(state.step) == 6:
+            raise KeyboardInterrupt
+        return {"w": state.params["w"]}
+
+    optimizer = optax.sgd(config.rate)
+    fitted = run.fit(
+        "toy",
+        create_state({"w": jax.numpy.ones(())}, optimizer),
+        make_train_step(loss, optimizer),
+        OnDevice(lambda step: None),
+        6,
+        key=jax.random.key(config.seed),
+        log_every=1,
+        evaluate=evaluate,
+        evaluate_every=2,
+    )
+    figure, axes = plt.subplots()
+    axes.plot([0, 1])
+    run.figure("line", figure)
+    plt.close(figure)
+    return {
+        "w": np.float32(fitted.state.params["w"]),
+        "lost": float("nan"),
+        "list": np.arange(3),
+        "word": "yes",
+    }
+
+
+CRASH = {"on": True}
+TOY = types.SimpleNamespace(
+    PAPER=Paper("Toy", "A. Nobody", 2026, ""),
+    COVER="line",
+    get_config=toy_config,
+    run=toy_run,
+    CLAIMS=(
+        Claim("small", "Eq. 1", "w is small", "0", lambda m: f"{m['w']:.3f}", lambda m: m["w"] < 0.1),
+        Claim("large", "Eq. 2", "w is large", "9", lambda m: f"{m['w']:.3f}", lambda m: m["w"] > 9),
+        Claim("other", "Eq. 3", "v is small", "0", lambda m: f"{m['v']:.3f}", lambda m: m["v"] < 9),
+    ),
+)
+
+
+@pytest.fixture
+def toy(monkeypatch, tmp_path):
+    monkeypatch.setattr(launch, "load", lambda slug: TOY)
+    monkeypatch.setattr(launch, "RESULTS", tmp_path / "recorded")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_claims_hold_fail_or_are_not_run():
+    claims = check_claims(TOY.CLAIMS, {"w": 0.01})
+    assert [claim["status"] for claim in claims] == ["holds", "fails", "not run: no v"]
+    assert [claim["ours"] for claim in claims] == ["0.010", "0.010", ""]
+
+
+def test_a_run_leaves_what_the_design_promises(toy, capsys):
+    assert cli.main(["run", "toy", "--config.model.width=8", "--config.rate", "0.25"]) == 0
+    folder = toy / "runs/toy/small"
+    results = json.loads((folder / "results.json").read_text(), parse_constant=pytest.fail)
+    assert results["config"]["model"] == {"width": 8}
+    assert results["config"]["rate"] == 0.25
+    assert results["metrics"]["w"] == pytest.approx(0.75**6, rel=1e-6)
+    assert results["metrics"]["lost"] == "nan"
+    assert results["metrics"]["list"] == [0, 1, 2]
+    assert {"jax", "python"} <= set(results["versions"])
+    assert (folder / "figures/line.png").read_bytes().startswith(b"\x89PNG")
+    assert len(read_metrics(folder, "toy")) == 9
+    assert (folder / "checkpoints/toy").is_dir()
+    printed = capsys.readouterr().out
+    assert "not run: no v" in printed
+    assert "0 of 3 claims hold" in printed  # 0.75**6 = 0.178
+
+
+def test_a_finished_run_is_not_overwritten_by_accident(toy, capsys):
+    assert cli.main(["run", "toy"]) == 0
+    assert cli.main(["run", "toy"]) == 2
+    assert "finished run" in capsys.readouterr().err
+    assert cli.main(["run", "toy", "--overwrite"]) == 0
+    (toy / "mine").mkdir()
+    (toy / "mine" / "thesis.tex").write_text("years of work")
+    assert cli.main(["run", "toy", "--workdir=mine", "--overwrite"]) == 2
+    assert (toy / "mine" / "thesis.tex").exists()
+
+
+def test_an_unfinished_run_is_resumed_with_the_same_config_only(toy, capsys, monkeypatch):
+    monkeypatch.setitem(CRASH, "on", True)
+    arguments = ["run", "toy", "--config.crash=true"]
+    assert cli.main(arguments) == 130
+    assert not (toy / "runs/toy/small/results.json").exists()
+    assert cli.main([*arguments, "--config.seed=1"]) == 2
+    assert "another config (it differs in seed)" in capsys.readouterr().err
+    monkeypatch.setitem(CRASH, "on", False)
+    assert cli.main(arguments) == 0
+    assert "resuming from step 4" in capsys.readouterr().err
+    assert [row["step"] for row in read_metrics(toy / "runs/toy/small") if "train/loss" in row] == [
+        1,
+        2,
+        3,
+        4,
+        5,
+        6,
+    ]
+
+
+def test_strict_makes_failing_claims_count(toy):
+    assert cli.main(["run", "toy", "--strict"]) == 1
+
+
+def test_record_keeps_small_runs_only(toy):
+    assert cli.main(["run", "toy:smoke", "--record"]) == 2
+    assert cli.main(["run", "toy", "--record", "--config.seed=1"]) == 2
+    assert cli.main(["run", "toy", "--record"]) == 0
+    assert sorted(path.name for path in (toy / "recorded").iterdir()) == ["toy.json", "toy.png"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["lst"], "unknown command 'lst'; did you mean 'list'?"),
+        (["list", "--markdwon"], "unknown option '--markdwon'; did you mean '--markdown'?"),
+        (["run"], "required: SLUG[:PRESET]"),
+        (["run", "alrn"], "unknown paper 'alrn'; did you mean 'alrnn'?"),
+        (["run", "pararnn"], "paper 'pararnn' is planned"),
+        (["run", "alrnn:tiny"], "unknown preset 'tiny'; known: paper, small, smoke"),
+        (["run", "alrnn:smal"], "unknown preset 'smal'; did you mean 'small'?"),
+        (["run", "alrnn", "--config.sed=3"], "unknown field config.sed; did you mean 'seed'?"),
+        (["run", "alrnn", "--config.seed=x"], "config.seed takes a whole number such as 0, not 'x'"),
+        (["run", "alrnn", "--config.seed"], "--config.seed needs a value"),
+        (["run", "alrnn", "--conf.seed=1"], "unknown option '--conf.seed=1'"),
+        (["run", "alrnn", "--overwrit"], "unknown option '--overwrit'; did you mean '--overwrite'?"),
+        (["run", "experiments/sequence/alrn.py:smoke"], "did you mean 'experiments/sequence/alrnn.py'?"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, message, capsys, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    assert cli.main(arguments) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+
+
+def test_errors_of_the_experiment_are_one_line_unless_asked(toy, capsys, monkeypatch):
+    def fails(config, run):
+        raise ValueError("the data are\nupside down")
+
+    monkeypatch.setattr(launch, "load", lambda slug: types.SimpleNamespace(**{**vars(TOY), "run": fails}))
+    assert cli.main(["run", "toy"]) == 2
+    assert "error: the data are upside down" in capsys.readouterr().err
+    monkeypatch.setenv("JAXPAPERS_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="upside"):
+        cli.main(["run", "toy"])
+
+
+@pytest.mark.parametrize(
+    ("assignment", "expected"),
+    [
+        ("seed=3", 3),
+        ("rate=1", 1.0),
+        ("rate=1e-3", 1e-3),
+        ("name=adam", "adam"),
+        ("fast=false", False),
+        ("sizes=3,4,5", (3, 4, 5)),
+        ("sizes=(7,)", (7,)),
+        ("model.width=16", 16),
+    ],
+)
+def test_overrides_take_the_type_of_the_preset(assignment, expected):
+    config = toy_config()
+    override(config, [assignment])
+    value = config
+    for name in assignment.split("=")[0].split("."):
+        value = value[name]
+    assert value == expected
+    assert type(value) is type(expected)
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("sead=3", "unknown field config.sead; did you mean 'seed'?"),
+        ("model.with=3", "unknown field config.model.with; did you mean 'width'?"),
+        ("model=3", "config.model is a group; set one of its fields: width"),
+        ("seed.width=3", "config.seed is a value, it has no fields"),
+        ("seed=1.5", "config.seed takes a whole number such as 0, not '1.5'"),
+        ("rate=fast", "config.rate takes a number such as 0.5, not 'fast'"),
+        ("fast=3", "config.fast takes true or false such as True, not '3'"),
+        ("sizes=a,b", r"config.sizes takes a list such as (1, 2), not 'a,b'"),
+    ],
+)
+def test_bad_overrides_are_named(assignment, message):
+    with pytest.raises(UsageError) as error:
+        override(toy_config(), [assignment])
+    assert message in str(error.value)
+
+
+def test_the_catalogue_has_47_papers_once_each():
+    planned, implemented = catalogue.planned(), catalogue.implemented()
+    assert not set(planned) & set(implemented)
+    assert len(planned) + len(implemented) == 47
+    assert {row["room"] for row in planned.values()} <= set(catalogue.ROOMS)
+
+
+@pytest.mark.parametrize("slug", sorted(catalogue.implemented()))
+def test_every_experiment_keeps_the_contract(slug):
+    experiment = catalogue.load(slug)
+    assert isinstance(experiment.PAPER, Paper)
+    assert len({claim.id for claim in experiment.CLAIMS}) == len(experiment.CLAIMS) > 0
+    for preset in PRESETS:
+        config = experiment.get_config(preset)
+        json.dumps(config.to_dict())
+        assert experiment.programs(config), "plan needs at least one program"
+    assert experiment.__doc__
+    assert experiment.COVER
+
+
+def test_the_readme_table_is_fresh():
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf8")
+    assert catalogue.markdown_table() in readme, (
+        "paste `python -m experiments list --markdown` into README.md"
+    )
+
+
+def test_help_and_list_work_as_typed():
+    def output(*arguments):
+        return subprocess.run(
+            [sys.executable, "-m", *arguments], cwd=REPOSITORY, capture_output=True, text=True, check=True
+        ).stdout
+
+    assert "--config.seed=1" in output("experiments", "run", "--help")
+    assert "--config FILE[:PRESET]" in output("experiments.run", "--help")
+    assert "pararnn" in output("experiments", "list")

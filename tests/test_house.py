@@ -1,0 +1,78 @@
+"""The house's own rules: every module imports, every public function is documented, imports point one way."""
+
+import importlib
+import inspect
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jaxtyping
+import numpy as np
+import pytest
+
+import jaxpapers
+
+REPOSITORY = Path(__file__).parents[1]
+MODULES = sorted(
+    module.name
+    for package in ("jaxpapers", "experiments", "benchmarks")
+    for module in pkgutil.walk_packages([str(REPOSITORY / package)], f"{package}.")
+    if not module.name.endswith("__main__")
+)
+ROOMS_WITHOUT_SHAPES = (
+    "jaxpapers.train",
+    "jaxpapers.data.download",
+)  # files, trees and loops: no arrays of one shape
+
+
+def public(module):
+    """The public functions and classes that a module defines itself."""
+    for name, value in vars(module).items():
+        ours = getattr(value, "__module__", None) == module.__name__ and not name.startswith("_")
+        if ours and (inspect.isfunction(value) or inspect.isclass(value)):
+            yield name, value
+
+
+def functions(module):
+    """The public functions and methods that a module defines itself, generated ones (`replace`) left out."""
+    for name, value in public(module):
+        members = {name: value} if inspect.isfunction(value) else vars(value)
+        for member_name, function in members.items():
+            written = inspect.isfunction(function) and function.__code__.co_filename == module.__file__
+            if written and not member_name.startswith("_") and member_name != "setup":
+                yield f"{name}.{member_name}", function
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_module_imports_and_says_what_it_is_for(name):
+    module = importlib.import_module(name)
+    assert module.__doc__, name
+    documented = [*public(module), *functions(module)]
+    undocumented = [what for what, value in documented if not (value.__doc__ or "").strip()]
+    assert not undocumented
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name.startswith("jaxpapers.")])
+def test_arrays_have_their_shapes_in_the_signature(name):
+    if name.startswith(ROOMS_WITHOUT_SHAPES):
+        pytest.skip("this room handles files and trees, not arrays of one shape")
+    bare = []
+    for what, function in functions(importlib.import_module(name)):
+        for argument, annotation in inspect.get_annotations(function).items():
+            if annotation in (jax.Array, np.ndarray, jaxtyping.Array) and "key" not in argument:
+                bare.append(f"{name}.{what}({argument})")
+    assert not bare, f"bare arrays, their shapes unsaid: {bare}"
+
+
+def test_imports_point_one_way():
+    script = Path(sys.executable).with_name("lint-imports")
+    done = subprocess.run([script, "--no-cache"], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_version_is_that_of_the_package():
+    from importlib.metadata import version
+
+    assert jaxpapers.__version__ == version("jaxpapers")
