@@ -1,0 +1,15 @@
+"""Data: the official files of the papers, simulators, and batches of both.
+
+Map of the room:
+
+- `download`: the one place that finds, downloads and verifies official files. A reader registers an
+  `OfficialFile` and calls `locate` (a path) or `open_data` (a decompressed stream); `find` only looks.
+  `$JAXPAPERS_DATA` (default `~/.cache/jaxpapers`) holds the files and may be read-only.
+- `series`: readers of time series; `alrnn_series` has the seven series that the AL-RNN authors ship.
+- `dynamics`: simulators: a Runge-Kutta integrator, the fields of Lorenz-63, Roessler and Lorenz-96,
+  standardisation and delay embedding. What needs no download.
+- `windows`: batches as pure functions of the step, so that a resumed run continues bit for bit:
+  `window_batches` on the device, `host_batches` (a grain dataset) on the host.
+
+This file imports none of them, so that a reader of one file does not pay for JAX and grain.
+"""
