@@ -112,9 +112,7 @@ def entries() -> list[Entry]:
     rows = [Entry(**row, slug=slug, state="planned") for slug, row in planned().items()]
     for slug, path in implemented().items():
         paper = load(slug).PAPER
-        rows.append(
-            Entry(path.parent.name, slug, paper.title, paper.authors, paper.year, paper.arxiv, _state(slug))
-        )
+        rows.append(Entry(path.parent.name, slug, paper.title, paper.authors, paper.year, paper.arxiv, _state(slug)))
     rooms = list(ROOMS)
     return sorted(rows, key=lambda row: (rooms.index(row.room), row.state == "planned"))
 

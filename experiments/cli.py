@@ -53,18 +53,12 @@ def _guarded(command: Any, argv: Sequence[str]) -> int:
 
 
 def _command(argv: list[str]) -> int:
-    parser = _Parser(
-        prog="python -m experiments", description="Runs the papers' experiments and checks their claims."
-    )
+    parser = _Parser(prog="python -m experiments", description="Runs the papers' experiments and checks their claims.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="{list,run}")
     listing = commands.add_parser("list", help="all papers: room, slug, title, state")
     listing.add_argument("--markdown", action="store_true", help="as the README's table")
-    running = commands.add_parser(
-        "run", help="run one experiment and check its claims", description=_RUN_HELP
-    )
-    running.add_argument(
-        "paper", metavar="SLUG[:PRESET]", help="e.g. alrnn or alrnn:smoke; default preset: small"
-    )
+    running = commands.add_parser("run", help="run one experiment and check its claims", description=_RUN_HELP)
+    running.add_argument("paper", metavar="SLUG[:PRESET]", help="e.g. alrnn or alrnn:smoke; default preset: small")
     _add_run_options(running)
     if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS:
         raise UsageError(f"unknown command {argv[0]!r}{nearest(argv[0], COMMANDS)}")
@@ -82,17 +76,13 @@ def _command(argv: list[str]) -> int:
 
 def _config_file_command(argv: list[str]) -> int:
     parser = _Parser(prog="python -m experiments.run", description=_RUN_HELP)
-    parser.add_argument(
-        "--config", required=True, metavar="FILE[:PRESET]", help="experiments/<room>/<slug>.py:small"
-    )
+    parser.add_argument("--config", required=True, metavar="FILE[:PRESET]", help="experiments/<room>/<slug>.py:small")
     _add_run_options(parser)
     arguments, rest = parser.parse_known_args(argv)
     return _run(arguments.config, arguments, rest)
 
 
-_RUN_HELP = (
-    "Any field of the config can be set: --config.seed=1 --config.model.width=64. Lists are written 1,2,3."
-)
+_RUN_HELP = "Any field of the config can be set: --config.seed=1 --config.model.width=64. Lists are written 1,2,3."
 _OPTIONS = ("--workdir", "--overwrite", "--strict", "--record", "--config.FIELD=VALUE")
 
 
@@ -110,9 +100,7 @@ def _run(target: str, arguments: argparse.Namespace, rest: Sequence[str]) -> int
     claims = results["claims"]
     Console().print(_claims_table(claims))
     held = sum(claim["status"] == "holds" for claim in claims)
-    print(
-        f"{held} of {len(claims)} claims hold ({results['seconds']:.0f} s); results and figures in {workdir}"
-    )
+    print(f"{held} of {len(claims)} claims hold ({results['seconds']:.0f} s); results and figures in {workdir}")
     return int(arguments.strict and any(claim["status"] == "fails" for claim in claims))
 
 

@@ -13,9 +13,13 @@ from jaxpapers.train.files import write_whole
 
 
 def json_value(value: Any) -> Any:
-    """What JSON can hold of a metric: text, a number or (nested) lists; NaN and infinities become text."""
+    """What JSON can hold of a metric: text, numbers, nested lists and dicts; NaN and infinities become text."""
     if isinstance(value, str):
         return value
+    if isinstance(value, dict):
+        return {name: json_value(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_value(item) for item in value]
     array = np.asarray(value)
     if array.ndim:
         return [json_value(row) for row in array]
@@ -50,7 +54,8 @@ class MetricsWriter:
         for name, value in values.items():
             array = np.asarray(value, dtype=float)
             for index in np.ndindex(array.shape):
-                self._board.add_scalar("/".join([name, *map(str, index)]), array[index], step)
+                if np.isfinite(array[index]):  # tensorboardX warns of every other value; metrics.jsonl has them
+                    self._board.add_scalar("/".join([name, *map(str, index)]), array[index], step)
 
     def close(self) -> None:
         """Closes both files; `contextlib.closing` does it."""

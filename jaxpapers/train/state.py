@@ -58,7 +58,7 @@ def create_population(
             raise ValueError(
                 f"extra has a leaf of shape {leaf.shape}; expected ({keys.shape[0]}, ...), one row a model"
             )
-    params = jax.vmap(init)(keys)
+    params = jax.jit(jax.vmap(init))(keys)  # jitted: op by op, an initialisation compiles dozens of small programs
     return TrainState(jnp.zeros((), jnp.int32), params, jax.vmap(optimizer.init)(params), extra)
 
 

@@ -262,9 +262,7 @@ def test_every_experiment_keeps_the_contract(slug):
 
 def test_the_readme_table_is_fresh():
     readme = (REPOSITORY / "README.md").read_text(encoding="utf8")
-    assert catalogue.markdown_table() in readme, (
-        "paste `python -m experiments list --markdown` into README.md"
-    )
+    assert catalogue.markdown_table() in readme, "paste `python -m experiments list --markdown` into README.md"
 
 
 def test_help_and_list_work_as_typed():

@@ -1,0 +1,389 @@
+"""AL-RNN's experiment, first part: data sets and recipes, training of a population, analysis of what it learned."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, PyTree
+from ml_collections import ConfigDict
+
+from experiments.harness import Run
+from jaxpapers.data.dynamics import simulate_lorenz63, simulate_lorenz96, simulate_rossler, standardise
+from jaxpapers.data.series import alrnn_series
+from jaxpapers.data.windows import sample_windows
+from jaxpapers.ops.dsr_metrics import (
+    lyapunov_spectrum,
+    power_spectrum_hellinger,
+    prediction_error,
+    state_space_divergence_binned,
+    state_space_divergence_gmm,
+)
+from jaxpapers.sequence import alrnn
+from jaxpapers.train import (
+    OnDevice,
+    TrainState,
+    TrainStep,
+    create_population,
+    exponential_per_epoch,
+    make_optimizer,
+    make_train_step,
+    member,
+    vmap_step,
+)
+
+EPOCH = 50  # updates
+
+
+class Recipe(NamedTuple):
+    """How the authors train on a data set (table of hyper-parameters, appendix), and how the result is measured.
+
+    Attributes:
+      latent_dim: M.
+      num_pwl: the P of the sweep; P = M is the PLRNN.
+      tau: forcing interval.
+      window: T, steps that a training window predicts.
+      rate, last_rate: learning rate of the first epoch, and that to which it decays.
+      updates: in all.
+      noise: standard deviation of the noise on the windows.
+      smoothing: of the spectra in D_H, in frequency bins.
+      dt: time between two rows, in units of the system.
+      bins: per axis in D_stsp; 0 for the Gaussian mixture, where the dimension is too large for histograms.
+      gmm_variance: of the Gaussian mixture.
+      reset: readouts are reset to the data every so many steps in generation too (fMRI), which is then no free run.
+      penalty: weight of the latent regulariser.
+    """
+
+    latent_dim: int
+    num_pwl: tuple[int, ...]
+    tau: int
+    window: int
+    rate: float
+    last_rate: float
+    updates: int
+    noise: float
+    smoothing: float
+    dt: float = 1.0
+    bins: int = 0
+    gmm_variance: float = 1.0
+    reset: int = 0
+    penalty: float = 0.0
+
+
+UP_TO_FIVE = (0, 1, 2, 3, 4, 5)
+RECIPES = {
+    "lorenz63": Recipe(20, (*UP_TO_FIVE, 20), 16, 200, 1e-3, 1e-5, 2000 * EPOCH, 0.05, 20.0, dt=0.01, bins=30),
+    "rossler": Recipe(20, (*UP_TO_FIVE, 20), 8, 300, 5e-3, 1e-5, 3000 * EPOCH, 0.05, 20.0, dt=0.08, bins=30),
+    "ecg": Recipe(100, UP_TO_FIVE, 10, 50, 2e-3, 1e-5, 4000 * EPOCH, 0.01, 20.0, bins=8),
+    "fmri": Recipe(50, UP_TO_FIVE, 7, 72, 5e-3, 1e-5, 2000 * EPOCH, 0.0, 1.0, reset=7),
+    "eeg": Recipe(133, (60,), 10, 100, 1e-3, 1e-5, 2000 * EPOCH, 0.0, 20.0, penalty=0.1),
+    "lorenz96": Recipe(100, (50,), 20, 50, 1e-3, 1e-5, 3000 * EPOCH, 0.05, 20.0, dt=0.01),
+}
+SIMULATORS = {"lorenz63": simulate_lorenz63, "rossler": simulate_rossler, "lorenz96": simulate_lorenz96}
+MINIMAL_P = {"lorenz63": 2, "rossler": 1, "ecg": 2}  # the P that the paper settles on (Fig. 3)
+WORD_LENGTH = 8  # of the words whose growth estimates the entropy; longer ones would need longer orbits
+PREDICTION_STEPS = 20
+
+
+def load_series(name: str, config: ConfigDict) -> np.ndarray:
+    """The system's series (time, N); simulated ones are standardised.
+
+    Raises:
+      ValueError: no such system.
+      DataNotFound: the file of a recorded system is missing and cannot be downloaded.
+    """
+    if name not in RECIPES:
+        raise ValueError(f"unknown system {name!r}; known: {', '.join(RECIPES)}")
+    if name in SIMULATORS and (config.simulate or name == "lorenz96"):
+        series, _, _ = standardise(SIMULATORS[name](jax.random.key(config.seed), config.num_rows))
+        return np.asarray(series)
+    return alrnn_series(name)
+
+
+class Population(NamedTuple):
+    """The models of one system that train together, one row each; rows of one seed share keys.
+
+    Attributes:
+      num_pwl: (models,) P.
+      seed: (models,).
+      lambda_lin: (models,) weight of the penalty on trained slopes; None for plain ReLUs.
+    """
+
+    num_pwl: np.ndarray
+    seed: np.ndarray
+    lambda_lin: np.ndarray | None = None
+
+
+def p_sweep(recipe: ConfigDict, num_seeds: int) -> Population:
+    """All pairs of P and seed (Fig. 3)."""
+    num_pwl, seed = np.meshgrid(np.array(recipe.num_pwl), np.arange(num_seeds), indexing="ij")
+    return Population(num_pwl.ravel(), seed.ravel())
+
+
+def slope_sweep(recipe: ConfigDict, penalties: tuple[float, ...], num_seeds: int, dim: int) -> Population:
+    """All pairs of lambda_lin and seed; every unit that is no readout is leaky, its slope trained (appendix)."""
+    lambda_lin, seed = np.meshgrid(np.array(penalties), np.arange(num_seeds), indexing="ij")
+    return Population(np.full(seed.size, recipe.latent_dim - dim), seed.ravel(), lambda_lin.ravel())
+
+
+class Setup(NamedTuple):
+    """A population ready to be trained: what `fit` takes, and the evaluation of all its models."""
+
+    state: TrainState
+    train_step: TrainStep
+    batches: OnDevice
+    keys: Array
+    free_runs: Callable[[PyTree, Array], Array]
+    measures: Callable[[Array], dict[str, Array]]
+
+
+def set_up(series: np.ndarray, recipe: ConfigDict, config: ConfigDict, population: Population) -> Setup:
+    """Loss, optimizer, batches and measures of a population on one series."""
+    dim = series.shape[1]
+    leaky = population.lambda_lin is not None
+    extra = {"num_pwl": jnp.asarray(population.num_pwl)}
+    if leaky:
+        extra["lambda_lin"] = jnp.asarray(population.lambda_lin, jnp.float32)
+
+    def init(key: Array) -> alrnn.ALRNNParams:
+        return alrnn.init_params(key, recipe.latent_dim, dim, slope=0.0 if leaky else None)
+
+    def loss_fn(params: alrnn.ALRNNParams, extra: PyTree, windows: Array, key: Array) -> tuple:
+        windows = alrnn.add_noise(key, windows, recipe.noise)
+        error = alrnn.forcing_loss(params, windows, recipe.tau, num_pwl=extra["num_pwl"])
+        loss = error + recipe.penalty * alrnn.latent_regulariser(params)
+        if leaky:
+            loss += extra["lambda_lin"] * alrnn.slope_penalty(params, extra["num_pwl"])
+        return loss, (extra, {"forcing_error": error})
+
+    def windows(key: Array, step: Array) -> Array:
+        return sample_windows(jax.random.fold_in(key, step), series, config.batch_size, recipe.window + 1)
+
+    steps = min(config.free_run, len(series))
+    transient = min(config.transient, steps // 4)
+
+    def free_run(params: alrnn.ALRNNParams, num_pwl: Array) -> Array:
+        if recipe.reset:  # fMRI: the readouts are reset to the data in generation too, so this is no free run
+            _, states = alrnn.generate_with_resets(params, series, recipe.reset, num_pwl)
+        else:
+            _, states = alrnn.generate(params, series[0], steps, num_pwl)
+        return states[transient:]
+
+    def measure(states: Array) -> dict[str, Array]:
+        orbit = states[:, :dim]
+        if recipe.bins:
+            d_stsp = state_space_divergence_binned(series, orbit, recipe.bins)
+        else:
+            d_stsp = state_space_divergence_gmm(jax.random.key(0), series, orbit, recipe.gmm_variance)
+        d_h = power_spectrum_hellinger(series[: len(orbit)], orbit, recipe.smoothing)
+        return {"d_stsp": d_stsp, "d_h": d_h}
+
+    schedule = exponential_per_epoch(recipe.rate, recipe.last_rate, recipe.updates, EPOCH)
+    optimizer = make_optimizer("radam", schedule)
+    keys = jax.random.split(jax.random.key(config.seed + 1), config.num_seeds)[population.seed]
+    return Setup(
+        state=create_population(init, optimizer, keys, extra),
+        train_step=vmap_step(make_train_step(loss_fn, optimizer)),
+        batches=OnDevice(lambda step: jax.vmap(windows, (0, None))(keys, step)),
+        keys=keys,
+        free_runs=jax.jit(jax.vmap(free_run)),
+        measures=jax.jit(jax.vmap(measure)),
+    )
+
+
+class Study(NamedTuple):
+    """A system and the models that were trained on it, each at its best checkpoint.
+
+    Attributes:
+      name: of the system.
+      series: (time, N).
+      recipe: the system's fields of the config.
+      population: which model is which.
+      params: leading axis models.
+      orbits: (models, time, M), free runs without their transient.
+      scores: measure -> (models,), of these orbits.
+    """
+
+    name: str
+    series: np.ndarray
+    recipe: ConfigDict
+    population: Population
+    params: alrnn.ALRNNParams
+    orbits: np.ndarray
+    scores: dict[str, np.ndarray]
+
+    def best(self, num_pwl: int) -> int:
+        """Row of the model with the smallest D_stsp among those with this P; a failed one counts as worst."""
+        scores = np.where(self.population.num_pwl == num_pwl, self.scores["d_stsp"], np.inf)
+        return int(np.argmin(np.nan_to_num(scores, nan=1e9)))
+
+
+def study(name: str, stage: str, series: np.ndarray, population: Population, config: ConfigDict, run: Run) -> Study:
+    """Trains a population, keeps each model's checkpoint with the smallest D_stsp, and lets it run freely."""
+    recipe = config[name]
+    setup = set_up(series, recipe, config, population)
+
+    def evaluate(state: TrainState) -> dict[str, Array]:
+        num_pwl = state.extra["num_pwl"]
+        return setup.measures(setup.free_runs(state.params, num_pwl))
+
+    run.say(f"{stage}: {len(population.seed)} models, {recipe.updates:,} updates")
+    _, best = run.fit(
+        stage,
+        setup.state,
+        setup.train_step,
+        setup.batches,
+        recipe.updates,
+        key=setup.keys,
+        steps_per_call=config.updates_per_call,
+        log_every=10 * config.updates_per_call,
+        evaluate=evaluate,
+        evaluate_every=config.evaluate_every,
+        minimize="d_stsp",
+    )
+    num_pwl = jnp.asarray(population.num_pwl)
+    orbits = setup.free_runs(best.params, num_pwl)
+    scores = setup.measures(orbits)
+    scores["pe_20"] = prediction_errors(best.params, num_pwl, series)
+    # A model that never gave a finite D_stsp has failed; what stands in `best` is its initialisation.
+    scores["d_stsp"] = jnp.where(jnp.isfinite(best.score), scores["d_stsp"], jnp.nan)
+    return Study(name, series, recipe, population, *jax.device_get((best.params, orbits, scores)))
+
+
+def prediction_errors(params: alrnn.ALRNNParams, num_pwl: Array, series: np.ndarray) -> Array:
+    """PE_20 of each model."""
+
+    @jax.jit
+    @jax.vmap
+    def error(params: alrnn.ALRNNParams, num_pwl: Array) -> Array:
+        return prediction_error(
+            lambda z: alrnn.step(params, z, num_pwl),
+            lambda x: alrnn.init_state(params, x),
+            lambda z: alrnn.observe(params, z),
+            series[:10_000],  # enough of them; all models at all points would take longer than their training
+            PREDICTION_STEPS,
+        )
+
+    return error(params, num_pwl)
+
+
+def scores_by_p(study: Study) -> dict[str, Any]:
+    """Every measure of every P, one number a seed: `lorenz63/P2/d_stsp: [..]`."""
+    return {
+        f"{study.name}/P{num_pwl}/{measure}": values[study.population.num_pwl == num_pwl]
+        for num_pwl in study.recipe.num_pwl
+        for measure, values in study.scores.items()
+    }
+
+
+def analyse_minimal(study: Study, config: ConfigDict) -> dict[str, Any]:
+    """Regions, fixed points, entropies and exponents of the models with the paper's P, one entry a seed.
+
+    A failed model's entries are NaN (no regions: 0).
+    """
+    num_pwl = MINIMAL_P[study.name]
+    rows = np.flatnonzero(study.population.num_pwl == num_pwl)
+    exponents = largest_exponents(member(study.params, rows), num_pwl, study.orbits[rows, 0], config.lyapunov_steps)
+    measured: dict[str, list] = {
+        name: [] for name in ("regions", "occupation", "graph_entropy", "word_entropy", "fixed_points", "radii")
+    }
+    for row in rows:
+        points = alrnn.fixed_points(member(study.params, row), num_pwl)
+        measured["fixed_points"].append(points.points[points.real, : study.series.shape[1]])
+        measured["radii"].append(points.spectral_radius[points.real])
+        if not np.isfinite(study.orbits[row]).all():
+            for name, value in {
+                "regions": 0,
+                "occupation": [],
+                "graph_entropy": np.nan,
+                "word_entropy": np.nan,
+            }.items():
+                measured[name].append(value)
+            continue
+        code = alrnn.symbolic_code(study.orbits[row], num_pwl)
+        graph = alrnn.admissibility_graph(alrnn.transition_counts(code.symbols, len(code.counts)))
+        measured["regions"].append(len(code.counts))
+        measured["occupation"].append(code.occupation)
+        measured["graph_entropy"].append(alrnn.topological_entropy(graph))
+        measured["word_entropy"].append(alrnn.word_entropy(code.symbols, WORD_LENGTH)[-1])
+    return {f"{study.name}/minimal/{name}": values for name, values in {**measured, "exponent": exponents}.items()}
+
+
+def largest_exponents(params: alrnn.ALRNNParams, num_pwl: int, starts: np.ndarray, steps: int) -> Array:
+    """lambda_max per step of each model (appendix), from a state on its own orbit."""
+
+    @jax.jit
+    @jax.vmap
+    def exponent(params: alrnn.ALRNNParams, z0: Array) -> Array:
+        return lyapunov_spectrum(lambda z: alrnn.step(params, z, num_pwl), z0, steps, num_exponents=1)[0]
+
+    return exponent(params, jnp.asarray(starts))
+
+
+def minimal_model(study: Study) -> dict[str, Any]:
+    """The best minimal model written out: one affine map a region, with its fixed point (Figs. 4, 5)."""
+    num_pwl = MINIMAL_P[study.name]
+    row = study.best(num_pwl)
+    params = member(study.params, row)
+    code = alrnn.symbolic_code(study.orbits[row], num_pwl)
+    occupation = {region_name(bits): share for bits, share in zip(code.bits, code.occupation, strict=True)}
+    points = alrnn.fixed_points(params, num_pwl)
+    regions = [
+        {
+            "region": region_name(bits),
+            "occupation": occupation.get(region_name(bits), 0.0),
+            "fixed_point": point,
+            "real": real,
+            "spectral_radius": radius,
+            "eigenvalues": [[value.real, value.imag] for value in eigenvalues],
+            "matrix": np.asarray(alrnn.region_matrix(params, bits)),
+        }
+        for bits, point, real, eigenvalues, radius in zip(*points, strict=True)
+    ]
+    return {"system": study.name, "num_pwl": num_pwl, "offset": params.h, "L": params.L, "regions": regions}
+
+
+def analyse_newton(study: Study, config: ConfigDict) -> dict[str, Any]:
+    """Newton's iterations and errors on the best minimal model, in float64 (the kernels' claim)."""
+    num_pwl = MINIMAL_P[study.name]
+    forcings = {"tau": {"tau": study.recipe.tau}, "gtf": {"tau": 1, "alpha": 0.2, "forced": "state"}}
+    metrics: dict[str, Any] = {}
+    with jax.enable_x64(True):
+        params = member(study.params, study.best(num_pwl))
+        params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), params)
+        for length in config.newton_lengths:
+            starts = np.linspace(0, len(study.series) - length - 1, 3, dtype=int)
+            windows = np.stack([study.series[start : start + length + 1] for start in starts]).astype(float)
+            for name, forcing in forcings.items():
+                forced = partial(alrnn.teacher_forced, num_pwl=num_pwl, **forcing)
+                _, states, info = jax.jit(partial(forced, method="newton"))(params, windows)
+                _, expected, _ = jax.jit(partial(forced, method="sequential"))(params, windows)
+                metrics |= {
+                    f"newton/{name}/T{length}/iterations": info.iterations,
+                    f"newton/{name}/T{length}/converged": info.converged,
+                    f"newton/{name}/T{length}/error": jnp.max(jnp.abs(states - expected)),
+                }
+        return jax.device_get(metrics)
+
+
+def study_slopes(series: np.ndarray, config: ConfigDict, run: Run) -> tuple[Study, dict[str, Any]]:
+    """The other way to choose P: leaky units whose trained slopes are pushed to 1, and how many resist (appendix)."""
+    recipe = config.lorenz63
+    population = slope_sweep(recipe, config.slope_penalties, config.num_seeds, series.shape[1])
+    found = study("lorenz63", "lorenz63_slopes", series, population, config, run)
+    num_leaky = int(population.num_pwl[0])
+    found.scores["nonlinear"] = np.array(
+        [alrnn.count_nonlinear(member(found.params, row), num_leaky) for row in range(len(population.seed))]
+    )
+    return found, {
+        f"lorenz63/slopes/{penalty:g}/{measure}": found.scores[measure][population.lambda_lin == penalty]
+        for penalty in config.slope_penalties
+        for measure in ("nonlinear", "d_stsp")
+    }
+
+
+def region_name(bits: np.ndarray) -> str:
+    """The region's bits as text, such as 01."""
+    return "".join(map(str, np.asarray(bits).astype(int)))
