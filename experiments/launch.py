@@ -6,7 +6,8 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,8 @@ def run_experiment(
     console.print(f"{slug}:{preset} -> {workdir}", highlight=False, markup=False)
     use_figure_style()
     start = time.monotonic()
-    measured = experiment.run(config, Run(workdir, console))
+    with _quick_compilation(preset == "smoke"):
+        measured = experiment.run(config, Run(workdir, console))
     metrics = {name: json_value(value) for name, value in measured.items()}
     results = {
         "paper": slug,
@@ -77,6 +79,17 @@ def run_experiment(
         write_whole(RESULTS / f"{slug}.json", (workdir / "results.json").read_bytes())
         write_whole(RESULTS / f"{slug}.png", (workdir / "figures" / f"{experiment.COVER}.png").read_bytes())
     return workdir, results
+
+
+@contextmanager
+def _quick_compilation(wanted: bool) -> Iterator[None]:
+    """A smoke run spends its time in the compiler: there, most of XLA's optimisations cost more than they save."""
+    before = jax.config.jax_disable_most_optimizations
+    jax.config.update("jax_disable_most_optimizations", wanted or before)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", before)
 
 
 def _enter(workdir: Path, settings: dict[str, Any], overwrite: bool) -> None:

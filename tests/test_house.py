@@ -49,6 +49,8 @@ def functions(module):
 def test_module_imports_and_says_what_it_is_for(name):
     module = importlib.import_module(name)
     assert module.__doc__, name
+    if name.startswith("benchmarks"):
+        return  # scripts: their functions are steps of a story that the module's docstring tells
     documented = [*public(module), *functions(module)]
     undocumented = [what for what, value in documented if not (value.__doc__ or "").strip()]
     assert not undocumented

@@ -156,9 +156,7 @@ def test_population_equals_single_runs():
         single = create_state(init(keys[index]), optimizer)
         single = fit(single, step, OnDevice(device_batch), 20, key=keys[index], steps_per_call=10).state
         expected = member(population.params, index)["w"]
-        np.testing.assert_allclose(
-            single.params["w"], expected, rtol=1e-5
-        )  # batched and plain dots differ in order
+        np.testing.assert_allclose(single.params["w"], expected, rtol=1e-5)  # batched and plain dots differ in order
 
 
 def test_best_is_kept_for_each_model_and_nan_is_worst():
@@ -299,16 +297,12 @@ def test_schedules_and_optimizers_by_name():
     assert float(schedule(5)) == pytest.approx(1.0)
     schedule = exponential_per_epoch(1.0, 0.01, num_steps=100, steps_per_epoch=50)
     # Two epochs; the rate is constant within one, and would be 0.01 at the start of the third.
-    assert [float(schedule(step)) for step in (0, 49, 50, 99, 100)] == pytest.approx(
-        [1.0, 1.0, 0.1, 0.1, 0.01]
-    )
+    assert [float(schedule(step)) for step in (0, 49, 50, 99, 100)] == pytest.approx([1.0, 1.0, 0.1, 0.1, 0.01])
     updates, _ = make_optimizer("sgd", 0.5).update(jnp.ones(2), make_optimizer("sgd", 0.5).init(jnp.ones(2)))
     np.testing.assert_array_equal(updates, -0.5)
     with pytest.raises(ValueError, match="unknown optimizer 'radm'; did you mean 'radam'"):
         make_optimizer("radm", 0.1)
-    with pytest.raises(
-        ValueError, match="unknown schedule 'cosine_decay'; did you mean 'cosine_decay_schedule'"
-    ):
+    with pytest.raises(ValueError, match="unknown schedule 'cosine_decay'; did you mean 'cosine_decay_schedule'"):
         make_schedule("cosine_decay")
     with pytest.raises(ValueError, match="'adam': got an unexpected keyword argument 'beta'"):
         make_optimizer("adam", 0.1, beta=0.9)
