@@ -45,11 +45,11 @@ def orbit_by_symbol(
       reference: (time, 2) drawn in grey behind, such as the data.
     """
     if reference is not None:
-        axes.plot(*reference.T, color=GREY, linewidth=0.3, alpha=0.6, label="data", rasterized=True)
+        axes.plot(*reference.T, color="#d0d0d0", linewidth=0.4, label="data", rasterized=True)
     for symbol, name in enumerate(names):
         chosen = orbit[symbols == symbol]
         colour = COLOURS[symbol % len(COLOURS)]
-        axes.plot(*chosen.T, ",", color=colour, rasterized=True)
+        axes.plot(*chosen.T, ".", markersize=1.0, color=colour, rasterized=True)
         axes.plot([], [], "o", markersize=5, color=colour, label=name)
     # A fixed point far from the orbit would squeeze the orbit into a corner: the frame is the orbit's.
     extent = orbit if reference is None else np.concatenate([orbit, reference])

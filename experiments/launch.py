@@ -84,7 +84,7 @@ def run_experiment(
 @contextmanager
 def _quick_compilation(wanted: bool) -> Iterator[None]:
     """A smoke run spends its time in the compiler: there, most of XLA's optimisations cost more than they save."""
-    before = jax.config.jax_disable_most_optimizations
+    before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", wanted or before)
     try:
         yield
