@@ -6,7 +6,7 @@ Lorenz and Roessler models with their regions, fixed points and symbol graphs (F
 PLRNN), and the reconstruction of a heart signal. All (P, seed) pairs of a system train together under `vmap`, with
 the same budget; models of one seed share initial weights, windows and noise.
 
-`small` takes MINUTES minutes on 2 CPU cores. Lorenz-63 and Roessler are simulated; ECG is the authors' file and is left
+`small` takes 9 minutes on 2 CPU cores. Lorenz-63 and Roessler are simulated; ECG is the authors' file and is left
 out, with a word, where it cannot be had. `paper` is the authors' recipe (Table of hyper-parameters, appendix).
 """
 

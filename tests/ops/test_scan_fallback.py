@@ -1,0 +1,278 @@
+"""Affine recurrences: every structure and method against a NumPy loop in float64, derivatives against the oracle's."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import Mesh
+
+from jaxpapers.ops.scan import affine_scan, affine_scan_sharded, combine
+
+STRUCTURES = ("diagonal", "block", "dense")
+METHODS = ("sequential", "parallel", "chunked", "auto")
+STATE = {"diagonal": (6,), "block": (2, 3), "dense": (4,)}
+MATRIX = {"diagonal": (6,), "block": (2, 2, 3), "dense": (4, 4)}
+PRODUCT = {"diagonal": "...d,...d->...d", "block": "...oin,...in->...on", "dense": "...oi,...i->...o"}
+COMPOSE = {"diagonal": "...d,...d->...d", "block": "...oin,...ijn->...ojn", "dense": "...oi,...ij->...oj"}
+
+
+def problem(structure, length, batch=(), seed=0, scale=0.6):
+    """A, b, h0 in float64, time first; |A| so small that products neither vanish nor grow."""
+    rng = np.random.default_rng(seed)
+    width = MATRIX[structure][1] if structure != "diagonal" else 1
+    A = scale * rng.normal(size=(length, *batch, *MATRIX[structure])) / np.sqrt(width)
+    b = rng.normal(size=(length, *batch, *STATE[structure]))
+    return A, b, rng.normal(size=(*batch, *STATE[structure]))
+
+
+def loop(A, b, h, structure, reverse=False):
+    """The recurrence as it is written down, one step after the other: states, and products of the matrices."""
+    size = {"diagonal": None, "block": 2, "dense": 4}[structure]
+    identity = np.ones(1) if size is None else np.eye(size)[..., None] if structure == "block" else np.eye(size)
+    states, products = np.zeros_like(b), np.zeros_like(A)
+    product = identity
+    for t in reversed(range(len(b))) if reverse else range(len(b)):
+        h = np.einsum(PRODUCT[structure], A[t], h) + b[t]
+        product = np.einsum(COMPOSE[structure], A[t], np.broadcast_to(product, A[t].shape))
+        states[t], products[t] = h, product
+    return states, products
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("length", [0, 1, 2, 7, 16, 31, 97])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_every_method_is_the_loop(structure, length, reverse):
+    A, b, h0 = problem(structure, length, (2,))
+    expected, products = loop(A, b, h0, structure, reverse)
+    with jax.enable_x64(True):
+        for method in METHODS:
+            states, cumulated = affine_scan(
+                A, b, h0, structure=structure, reverse=reverse, method=method, return_products=True
+            )
+            np.testing.assert_allclose(states, expected, rtol=1e-10, atol=1e-12)  # float64: order of sums only
+            np.testing.assert_allclose(cumulated, products, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_methods_agree_on_a_long_prime_length_in_float32(structure):
+    A, b, h0 = problem(structure, 4097)
+    expected, _ = loop(A, b, h0, structure)
+    arrays = [np.float32(x) for x in (A, b, h0)]
+    for method in METHODS:
+        states = affine_scan(*arrays, structure=structure, method=method)
+        assert states.dtype == jnp.float32
+        np.testing.assert_allclose(states, expected, atol=1e-4)  # float32 states of size about 2
+
+
+@given(
+    structure=st.sampled_from(STRUCTURES),
+    length=st.sampled_from([1, 13, 40]),
+    chunk_size=st.sampled_from([2, 3, 8, 16]),
+    reverse=st.booleans(),
+    with_h0=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=15)
+def test_chunks_of_any_size_are_the_loop(structure, length, chunk_size, reverse, with_h0, seed):
+    A, b, h0 = problem(structure, length, seed=seed)
+    expected, _ = loop(A, b, h0 if with_h0 else 0 * h0, structure, reverse)
+    with jax.enable_x64(True):
+        states = affine_scan(
+            A,
+            b,
+            h0 if with_h0 else None,
+            structure=structure,
+            reverse=reverse,
+            method="chunked",
+            chunk_size=chunk_size,
+        )
+    np.testing.assert_allclose(states, expected, rtol=1e-10, atol=1e-12)
+
+
+@given(structure=st.sampled_from(STRUCTURES), seed=st.integers(0, 10**6))
+def test_the_operator_is_associative_with_an_identity_and_does_not_commute(structure, seed):
+    A, b, h = problem(structure, 3, seed=seed)
+    first, second, third = zip(A, b, strict=True)
+    with jax.enable_x64(True):
+        left = combine(combine(first, second, structure), third, structure)
+        right = combine(first, combine(second, third, structure), structure)
+        for one, other in zip(left, right, strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-12, atol=1e-13)
+        product, offset = left
+        applied = np.einsum(PRODUCT[structure], product, h) + offset
+        swapped = combine(second, first, structure)
+    np.testing.assert_allclose(applied, loop(A, b, h, structure)[0][-1], rtol=1e-10, atol=1e-12)
+    assert not np.allclose(swapped[1], combine(first, second, structure)[1])
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_batch_major_layout_and_broadcasting(structure):
+    A, b, h0 = problem(structure, 12, (3,))
+    expected, _ = loop(A, b, h0, structure)
+    shared_expected, _ = loop(np.broadcast_to(A[:, :1], A.shape), b, h0, structure)
+    constant_expected, _ = loop(np.broadcast_to(A[:1], A.shape), b, h0, structure)
+    with jax.enable_x64(True):
+        for method in METHODS:
+            options = {"structure": structure, "method": method}
+            batch_major = affine_scan(np.moveaxis(A, 0, 1), np.moveaxis(b, 0, 1), h0, axis=1, **options)
+            np.testing.assert_allclose(np.moveaxis(batch_major, 1, 0), expected, rtol=1e-10, atol=1e-12)
+            shared = affine_scan(A[:, 0], b, h0, **options)
+            np.testing.assert_allclose(shared, shared_expected, rtol=1e-10, atol=1e-12)
+            constant = affine_scan(A[:1], b, h0, **options)
+            np.testing.assert_allclose(constant, constant_expected, rtol=1e-10, atol=1e-12)
+
+
+def oracle(A, b, h0, structure, reverse):
+    """The recurrence by `lax.scan`, which JAX differentiates in its own way."""
+
+    def body(h, inputs):
+        matrix, offset = inputs
+        h = jnp.einsum(PRODUCT[structure], matrix, h) + offset
+        return h, h
+
+    return jax.lax.scan(body, h0, (A, b), reverse=reverse)[1]
+
+
+def scalar(solver, weights):
+    return lambda A, b, h0: jnp.sum(jnp.sin(solver(A, b, h0)) * weights)
+
+
+@pytest.mark.parametrize(("structure", "reverse"), itertools.product(STRUCTURES, [False, True]))
+def test_gradients_are_those_of_the_oracle(structure, reverse):
+    A, b, h0 = problem(structure, 19, (2,))
+    weights = np.random.default_rng(1).normal(size=b.shape)
+    with jax.enable_x64(True):
+        arrays = [jnp.asarray(x) for x in (A, b, h0)]
+        expected = jax.grad(scalar(lambda *x: oracle(*x, structure, reverse), weights), (0, 1, 2))(*arrays)
+        for method in ("sequential", "parallel", "chunked"):
+
+            def solver(A, b, h0, method=method):
+                return affine_scan(A, b, h0, structure=structure, reverse=reverse, method=method)
+
+            got = jax.jit(jax.grad(scalar(solver, weights), (0, 1, 2)))(*arrays)
+            for one, other in zip(got, expected, strict=True):
+                np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_second_order_forward_mode_and_vmap(structure):
+    A, b, h0 = problem(structure, 9)
+    rng = np.random.default_rng(2)
+    weights = rng.normal(size=b.shape)
+    direction = [rng.normal(size=x.shape) for x in (A, b, h0)]
+    with jax.enable_x64(True):
+        arrays = tuple(jnp.asarray(x) for x in (A, b, h0))
+
+        def second(solver):
+            slope = lambda *x: sum(  # noqa: E731
+                jnp.vdot(g, d) for g, d in zip(jax.grad(scalar(solver, weights), (0, 1, 2))(*x), direction, strict=True)
+            )
+            return jax.grad(slope, (0, 1, 2))(*arrays)
+
+        expected = second(lambda *x: oracle(*x, structure, False))
+        tangents = jax.jvp(lambda *x: oracle(*x, structure, False), arrays, tuple(map(jnp.asarray, direction)))[1]
+        for method in ("sequential", "parallel", "chunked"):
+
+            def solver(A, b, h0, method=method):
+                return affine_scan(A, b, h0, structure=structure, method=method)
+
+            for one, other in zip(second(solver), expected, strict=True):
+                np.testing.assert_allclose(one, other, rtol=1e-8, atol=1e-10)
+            pushed = jax.jvp(solver, arrays, tuple(map(jnp.asarray, direction)))[1]
+            np.testing.assert_allclose(pushed, tangents, rtol=1e-9, atol=1e-11)
+            stacked = [jnp.stack([x, 2 * x]) for x in arrays[1:]]
+            mapped = jax.vmap(solver, (None, 0, 0))(arrays[0], *stacked)
+            np.testing.assert_allclose(mapped[1], 2 * mapped[0], rtol=1e-10, atol=1e-12)  # linear in (b, h0)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_gradients_sum_over_what_was_broadcast_and_reach_the_products(structure):
+    A, b, h0 = problem(structure, 8, (3,))
+    weights = np.random.default_rng(3).normal(size=A[:, 0].shape)
+    with jax.enable_x64(True):
+        shared = jnp.asarray(A[:, 0])
+
+        def states(A, method):
+            return jnp.sum(jnp.square(affine_scan(A, b, h0, structure=structure, method=method)))
+
+        def products(A, method):
+            return jnp.sum(affine_scan(A, b[:, 0], structure=structure, method=method, return_products=True)[1] * weights)
+
+        for function in (states, products):
+            for method in ("parallel", "chunked"):
+                got = jax.grad(function)(shared, method)
+                # Central differences along one direction; their error is about 1e-10 relative.
+                direction = np.random.default_rng(4).normal(size=shared.shape)
+                step = 1e-5
+                ahead, behind = (function(shared + sign * step * direction, method) for sign in (1, -1))
+                np.testing.assert_allclose(jnp.vdot(got, direction), (ahead - behind) / (2 * step), rtol=1e-6)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_low_precision_inputs_are_summed_in_float32(method):
+    length = 2000
+    b = jnp.ones((length, 1), jnp.bfloat16)
+    states = affine_scan(jnp.ones((length, 1), jnp.bfloat16), b, method=method)
+    assert states.dtype == jnp.bfloat16
+    # A bfloat16 sum of ones would stop at 256.
+    np.testing.assert_allclose(np.float32(states[-1]), length, rtol=2**-8)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_100k_steps_stay_bounded_and_decay_without_nan(method):
+    length = 100_000
+    rng = np.random.default_rng(0)
+    angles = rng.uniform(0, 2 * np.pi, length)
+    rotations = np.stack([[np.cos(angles), -np.sin(angles)], [np.sin(angles), np.cos(angles)]])
+    A = np.float32(np.moveaxis(rotations, -1, 0)[..., None])  # orthogonal 2x2 blocks: norms must stay 1
+    states = affine_scan(A, jnp.zeros((length, 2, 1)), jnp.array([[1.0], [0.0]]), structure="block", method=method)
+    norms = np.linalg.norm(np.asarray(states)[:, :, 0], axis=1)
+    np.testing.assert_allclose(norms, 1, atol=1e-3)  # 1e5 roundings of 6e-8, mostly cancelling
+    decayed = affine_scan(jnp.full((length, 1), 0.5), jnp.zeros((length, 1)), jnp.ones(1), method=method)
+    assert np.isfinite(decayed).all()
+    assert decayed[-1] == 0
+    np.testing.assert_allclose(decayed[:100, 0], 0.5 ** np.arange(1, 101), rtol=1e-6)
+
+
+@pytest.mark.parametrize(("structure", "reverse"), itertools.product(STRUCTURES, [False, True]))
+def test_a_sharded_sequence_gives_the_single_device_numbers(structure, reverse):
+    mesh = Mesh(np.array(jax.devices()[:8]), ("seq",))
+    A, b, h0 = problem(structure, 32, (2,))
+    expected, _ = loop(A, b, h0, structure, reverse)
+    weights = np.random.default_rng(5).normal(size=b.shape)
+    with jax.enable_x64(True):
+        arrays = [jnp.asarray(x) for x in (A, b, h0)]
+
+        def sharded(A, b, h0):
+            return affine_scan_sharded(A, b, h0, mesh=mesh, structure=structure, reverse=reverse)
+
+        np.testing.assert_allclose(jax.jit(sharded)(*arrays), expected, rtol=1e-10, atol=1e-12)
+        single = jax.grad(scalar(lambda *x: oracle(*x, structure, reverse), weights), (0, 1, 2))(*arrays)
+        several = jax.jit(jax.grad(scalar(sharded, weights), (0, 1, 2)))(*arrays)
+        for one, other in zip(several, single, strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-11)
+    with pytest.raises(ValueError, match="8"):
+        affine_scan_sharded(A[:30], b[:30], mesh=mesh, structure=structure)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: affine_scan(np.ones((5, 3)), np.ones((4, 3))), r"\(5, 3\)"),
+        (lambda: affine_scan(np.ones((5, 3, 3)), np.ones((5, 3)), structure="blok"), "blok"),
+        (lambda: affine_scan(np.ones((5, 3, 3)), np.ones((5, 3)), method="fast"), "fast"),
+        (lambda: affine_scan(np.ones((5, 3)), np.ones((5, 3)), axis=1), "axis"),
+        (lambda: affine_scan(np.ones((5, 3)), np.ones((5, 3)), axis=-1), "axis"),
+        (lambda: affine_scan(np.ones((5, 3)), np.ones((5, 3)), method="chunked", chunk_size=1), "chunk_size"),
+        (lambda: affine_scan(np.ones((5, 3)), np.ones((5, 3)), np.ones(4)), "h0"),
+        (lambda: affine_scan(np.ones((5, 3), int), np.ones((5, 3), int)), "float"),
+        (lambda: affine_scan(np.ones((5, 2, 3)), np.ones((5, 3)), structure="dense"), r"\(5, 2, 3\)"),
+    ],
+)
+def test_bad_input_is_refused_at_the_door(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
