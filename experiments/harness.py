@@ -66,6 +66,8 @@ def check_claims(claims: Iterable[Claim], metrics: Metrics) -> list[dict[str, st
             ours, status = claim.ours(metrics), "holds" if claim.holds(metrics) else "fails"
         except KeyError as missing:
             ours, status = "", f"not run: no {missing.args[0]}"
+        except Exception as error:  # a slip in a predicate must not cost the results of a long run
+            ours, status = "", f"not run: {type(error).__name__}: {error}"
         checked.append(
             {
                 **{k: getattr(claim, k) for k in ("id", "where", "statement", "paper")},

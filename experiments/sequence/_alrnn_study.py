@@ -177,17 +177,18 @@ def set_up(series: np.ndarray, recipe: ConfigDict, config: ConfigDict, populatio
             d_stsp = state_space_divergence_binned(series, orbit, recipe.bins)
         else:
             d_stsp = state_space_divergence_gmm(jax.random.key(0), series, orbit, recipe.gmm_variance)
-        d_h = power_spectrum_hellinger(series[: len(orbit)], orbit, recipe.smoothing)
+        d_h = power_spectrum_hellinger(series[: len(orbit)], orbit, recipe.smoothing, padding="reflect")
         return {"d_stsp": d_stsp, "d_h": d_h}
 
     schedule = exponential_per_epoch(recipe.rate, recipe.last_rate, recipe.updates, EPOCH)
     optimizer = make_optimizer("radam", schedule)
-    keys = jax.random.split(jax.random.key(config.seed + 1), config.num_seeds)[population.seed]
+    seeds = jax.random.split(jax.random.key(config.seed + 1), config.num_seeds)[population.seed]
+    init_keys, window_keys, noise_keys = jnp.moveaxis(jax.vmap(lambda seed: jax.random.split(seed, 3))(seeds), 1, 0)
     return Setup(
-        state=create_population(init, optimizer, keys, extra),
+        state=create_population(init, optimizer, init_keys, extra),
         train_step=vmap_step(make_train_step(loss_fn, optimizer)),
-        batches=OnDevice(lambda step: jax.vmap(windows, (0, None))(keys, step)),
-        keys=keys,
+        batches=OnDevice(lambda step: jax.vmap(windows, (0, None))(window_keys, step)),
+        keys=noise_keys,
         free_runs=jax.jit(jax.vmap(free_run)),
         measures=jax.jit(jax.vmap(measure)),
     )
@@ -218,6 +219,10 @@ class Study(NamedTuple):
         """Row of the model with the smallest D_stsp among those with this P; a failed one counts as worst."""
         scores = np.where(self.population.num_pwl == num_pwl, self.scores["d_stsp"], np.inf)
         return int(np.argmin(np.nan_to_num(scores, nan=1e9)))
+
+    def best_is_finite(self, num_pwl: int) -> bool:
+        """Whether the orbit of that model is finite, as symbols and spectra need it."""
+        return bool(np.isfinite(self.orbits[self.best(num_pwl)]).all())
 
 
 def study(name: str, stage: str, series: np.ndarray, population: Population, config: ConfigDict, run: Run) -> Study:
@@ -262,7 +267,7 @@ def prediction_errors(params: alrnn.ALRNNParams, num_pwl: Array, series: np.ndar
             lambda z: alrnn.step(params, z, num_pwl),
             lambda x: alrnn.init_state(params, x),
             lambda z: alrnn.observe(params, z),
-            series[:10_000],  # enough of them; all models at all points would take longer than their training
+            series,
             PREDICTION_STEPS,
         )
 

@@ -129,39 +129,43 @@ def programs(config: ConfigDict) -> dict[str, tuple[Callable, tuple]]:
 def run(config: ConfigDict, run: Run) -> dict[str, Any]:
     """Trains every system's models, analyses the minimal ones, draws the figures; returns the numbers."""
     metrics: dict[str, Any] = {}
-    studies: dict[str, Study] = {}
-    for name in config.systems:
+    data: dict[str, np.ndarray] = {}
+    for name in config.systems:  # all of them first: a missing or corrupt file should not cost a training
         try:
-            series = load_series(name, config)
+            data[name] = load_series(name, config)
         except DataNotFound as missing:
             run.say(f"{name} is left out: {missing}")
             metrics[f"{name}/left_out"] = str(missing)
-            continue
+    studies: dict[str, Study] = {}
+    for name, series in data.items():
         studies[name] = study(name, name, series, p_sweep(config[name], config.num_seeds), config, run)
         metrics |= scores_by_p(studies[name])
 
-    minimal = {name: studies[name] for name in MINIMAL_P if name in studies}
-    for name, found in minimal.items():
+    minimal = {name: studies[name] for name, p in MINIMAL_P.items() if name in studies and p in config[name].num_pwl}
+    for found in minimal.values():
         metrics |= analyse_minimal(found, config)
-        write_whole(run.workdir / f"minimal_{name}.json", json.dumps(json_value(minimal_model(found)), indent=1))
+    if "lorenz63" in minimal:
+        metrics |= analyse_newton(minimal["lorenz63"], config)
     if "lorenz63" in studies:
-        metrics |= analyse_newton(studies["lorenz63"], config)
         slopes, slope_metrics = study_slopes(studies["lorenz63"].series, config, run)
         metrics |= slope_metrics
         run.figure("slopes", draw_slopes(slopes))
 
-    run.figure("d_stsp_vs_p", draw_sweeps(studies))
-    if minimal:
-        finite = {
-            name: found
-            for name, found in minimal.items()
-            if np.isfinite(found.orbits[found.best(MINIMAL_P[name])]).all()
-        }
-        run.figure("attractors", draw_attractors(finite))
+    # Symbols and spectra need a finite orbit; a system whose minimal models have all diverged has none.
+    finite = {name: found for name, found in minimal.items() if found.best_is_finite(MINIMAL_P[name])}
+    for name in minimal.keys() - finite.keys():
+        run.say(f"{name}: every model with P = {MINIMAL_P[name]} diverged; there is nothing to draw")
+    for name, found in finite.items():
+        write_whole(run.workdir / f"minimal_{name}.json", json.dumps(json_value(minimal_model(found)), indent=1))
+    if studies:
+        run.figure("d_stsp_vs_p", draw_sweeps(studies))
+    if finite:
         run.figure("transition_graphs", draw_graphs(finite))
         run.figure("spectra", draw_spectra(finite))
-    if "ecg" in studies:
-        run.figure("ecg", draw_signal(studies["ecg"]))
+    if finite.keys() - {"ecg"}:
+        run.figure("attractors", draw_attractors(finite))
+    if "ecg" in finite:
+        run.figure("ecg", draw_signal(finite["ecg"]))
     return metrics
 
 

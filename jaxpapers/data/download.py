@@ -101,9 +101,7 @@ def find(file: OfficialFile) -> Path | None:
         if path.is_file():
             status = path.stat()
             # A wrong size settles it without reading what may be gigabytes.
-            digest = (
-                _sha256(path, status.st_mtime_ns, status.st_size) if status.st_size == form.size else None
-            )
+            digest = _sha256(path, status.st_mtime_ns, status.st_size) if status.st_size == form.size else None
             _check(str(path), form, file.url, status.st_size, digest)
             return path
     return None
@@ -151,9 +149,7 @@ def _sha256(path: Path, mtime_ns: int, size: int) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _check(
-    what: str, form: OfficialFile | StoredForm, url: str | None, size: int, digest: str | None
-) -> None:
+def _check(what: str, form: OfficialFile | StoredForm, url: str | None, size: int, digest: str | None) -> None:
     if size == form.size and digest == form.sha256:
         return
     found = f"{size} bytes" + (f" with sha256 {digest}" if digest else "")

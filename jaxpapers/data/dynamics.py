@@ -37,9 +37,7 @@ def lorenz63(
     return jnp.stack([sigma * (y - x_), x_ * (rho - z) - y, x_ * y - beta * z], axis=-1)
 
 
-def rossler(
-    x: Float[Array, "*batch 3"], a: Scalar = 0.2, b: Scalar = 0.2, c: Scalar = 5.7
-) -> Float[Array, "*batch 3"]:
+def rossler(x: Float[Array, "*batch 3"], a: Scalar = 0.2, b: Scalar = 0.2, c: Scalar = 5.7) -> Float[Array, "*batch 3"]:
     """Roessler's band (1976): x' = -y - z, y' = x + a y, z' = b + z (x - c).
 
     Fixed points are (a q, -q, q) with q = (c +- sqrt(c^2 - 4 a b)) / (2 a); the inner one (-) is the spiral

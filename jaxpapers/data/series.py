@@ -26,9 +26,7 @@ from jaxtyping import Float32
 from jaxpapers.data.download import CorruptData, OfficialFile, open_data
 
 # Pinned to a commit: a moving branch would turn an update by the authors into a checksum error here.
-REPOSITORY = (
-    "https://raw.githubusercontent.com/DurstewitzLab/ALRNN-DSR/0bdca245a24ddabff691c7fe2e368afb6d24ccba"
-)
+REPOSITORY = "https://raw.githubusercontent.com/DurstewitzLab/ALRNN-DSR/0bdca245a24ddabff691c7fe2e368afb6d24ccba"
 
 
 class Series(NamedTuple):

@@ -45,9 +45,7 @@ def sample_windows(
 def _count_starts(num_rows: int, batch_size: int, window_length: int) -> int:
     """Number of windows in a series, or the error of a caller who asks for impossible ones."""
     if batch_size < 1 or window_length < 1:
-        raise ValueError(
-            f"batch_size and window_length must be at least 1, got {batch_size} and {window_length}"
-        )
+        raise ValueError(f"batch_size and window_length must be at least 1, got {batch_size} and {window_length}")
     if window_length > num_rows:
         raise ValueError(f"windows of {window_length} rows do not fit into a series of {num_rows} rows")
     return num_rows - window_length + 1

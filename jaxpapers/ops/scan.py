@@ -24,7 +24,7 @@ Forward mode, reverse mode and any nesting of the two work.
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,8 +33,8 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Shaped
 
-Structure = Literal["diagonal", "block", "dense"]
-Method = Literal["auto", "sequential", "parallel", "chunked"]
+Structure = str  # one of STRUCTURES
+Method = str  # one of METHODS
 Element = tuple[jax.Array, jax.Array]
 
 STRUCTURES = ("diagonal", "block", "dense")
@@ -319,6 +319,9 @@ def _linear_solve(
 
     if b.shape[rec.axis] == 0:
         return b
+    # custom_linear_solve's rule fails where only some of its inputs carry a derivative (jax 0.10): behind the barrier
+    # all of them do.
+    A, initial, b = lax.optimization_barrier((A, initial, b))
     return lax.custom_linear_solve(matvec, (initial, b), solve, solve_transposed)[1]
 
 

@@ -52,9 +52,7 @@ class Checkpoints:
         try:
             tree = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
         except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointMismatch(
-                f"checkpoint {step} in {self._manager.directory} does not fit: {error}"
-            ) from error
+            raise CheckpointMismatch(f"checkpoint {step} in {self._manager.directory} does not fit: {error}") from error
         return step, tree
 
     def close(self) -> None:

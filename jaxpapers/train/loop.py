@@ -73,7 +73,8 @@ def fit(
     depends on the step alone: a run that was stopped and resumed ends with the bits of one that was not.
 
     Args:
-      state: the state before the first update; of one model or of a population.
+      state: the state before the first update; of one model or of a population. Its buffers are donated: use
+        the returned state after, not this one.
       train_step: `(state, batch, key) -> (state, metrics)`, see `make_train_step` and `vmap_step`.
       batches: `batches[step]`, or `OnDevice(batch_at)`.
       num_steps: updates in all, those before a resume included.
@@ -91,7 +92,7 @@ def fit(
     Raises:
       ValueError: intervals that are not multiples of `steps_per_call`, or a metric to minimise that the
         evaluation does not return.
-      NonFiniteLoss: the loss of the model (of a population: of all its models) is NaN or infinite. Nothing is
+      NonFiniteLoss: loss or gradient of the model (of a population: of all its models) is not finite. Nothing is
         saved after that, so that the newest checkpoint is a good one.
     """
     checkpoint_every = checkpoint_every or evaluate_every or num_steps
@@ -166,12 +167,13 @@ def _compiled_call(train_step: TrainStep, batches: Batches | OnDevice) -> Callab
     return stepped
 
 
-def _require_finite(step: int, loss: np.ndarray) -> None:
-    # One diverged model of a population must not stop the others: its NaNs stay in its own row.
-    if not np.isfinite(loss).any():
-        raise NonFiniteLoss(
-            f"loss is {np.asarray(loss).tolist()} at step {step}; the newest checkpoint is from before"
-        )
+def _require_finite(step: int, metrics: Mapping[str, np.ndarray]) -> None:
+    # A finite loss with a gradient that is not has spoilt the parameters just now, so both are looked at. One diverged
+    # model of a population must not stop the others: its NaNs stay in its own row.
+    for name in ("loss", "grad_norm"):
+        if name in metrics and not np.isfinite(metrics[name]).any():
+            value = np.asarray(metrics[name]).tolist()
+            raise NonFiniteLoss(f"{name} is {value} at step {step}; the newest checkpoint is from before")
 
 
 def _no_best(state: TrainState, models: tuple[int, ...]) -> Best:
@@ -186,6 +188,4 @@ def _better(best: Best, score: Array, state: TrainState) -> Best:
     def pick(new: Array, old: Array) -> Array:
         return jnp.where(improved.reshape(improved.shape + (1,) * (new.ndim - improved.ndim)), new, old)
 
-    return Best(
-        pick(score, best.score), pick(state.step, best.step), jax.tree.map(pick, state.params, best.params)
-    )
+    return Best(pick(score, best.score), pick(state.step, best.step), jax.tree.map(pick, state.params, best.params))

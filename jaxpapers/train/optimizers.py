@@ -8,9 +8,7 @@ from typing import Any
 import optax
 
 SCHEDULES = {
-    name: getattr(optax.schedules, name)
-    for name in dir(optax.schedules)
-    if name.endswith(("schedule", "decay"))
+    name: getattr(optax.schedules, name) for name in dir(optax.schedules) if name.endswith(("schedule", "decay"))
 }
 
 
@@ -49,9 +47,7 @@ def exponential_per_epoch(start: float, end: float, num_steps: int, steps_per_ep
     return optax.exponential_decay(start, steps_per_epoch, (end / start) ** (1.0 / epochs), staircase=True)
 
 
-def make_optimizer(
-    name: str, schedule: optax.ScalarOrSchedule, **arguments: Any
-) -> optax.GradientTransformation:
+def make_optimizer(name: str, schedule: optax.ScalarOrSchedule, **arguments: Any) -> optax.GradientTransformation:
     """An optimizer of optax by name (`"adam"`, `"radam"`, `"adamw"`, ...) with a rate or schedule.
 
     Raises:

@@ -48,9 +48,7 @@ def test_windows_are_consecutive_rows_and_start_everywhere_alike(batch):
 def test_seeds_under_vmap_have_their_own_windows():
     keys = jax.random.split(KEY, 3)
     step = jax.jit(
-        lambda keys, series, step: jax.vmap(lambda key: window_batches(series, BATCH, WINDOW, key)(step))(
-            keys
-        )
+        lambda keys, series, step: jax.vmap(lambda key: window_batches(series, BATCH, WINDOW, key)(step))(keys)
     )
     together = step(keys, SERIES, 2)
     assert together.shape == (3, BATCH, WINDOW, 2)

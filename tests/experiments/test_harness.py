@@ -94,6 +94,8 @@ def toy(monkeypatch, tmp_path):
 
 
 def test_claims_hold_fail_or_are_not_run():
+    slip = Claim("slip", "", "", "", lambda m: "", lambda m: 1 / 0)
+    assert check_claims([slip], {})[0]["status"] == "not run: ZeroDivisionError: division by zero"
     claims = check_claims(TOY.CLAIMS, {"w": 0.01})
     assert [claim["status"] for claim in claims] == ["holds", "fails", "not run: no v"]
     assert [claim["ours"] for claim in claims] == ["0.010", "0.010", ""]

@@ -220,6 +220,16 @@ def test_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(tmp_path):
     assert np.isfinite(restored.params["w"])
 
 
+def test_a_non_finite_gradient_of_a_finite_loss_is_caught_before_it_is_saved(tmp_path):
+    optimizer = optax.sgd(0.1)
+    state = create_state({"w": jnp.zeros(())}, optimizer)
+    step = make_train_step(lambda params, extra, batch, key: (jnp.sqrt(params["w"]), (extra, {})), optimizer)
+    with closing(Checkpoints(tmp_path)) as checkpoints:
+        with pytest.raises(NonFiniteLoss, match="grad_norm is inf at step 1"):
+            fit(state, step, OnDevice(lambda step: None), 1, key=KEY, checkpoints=checkpoints)
+        assert checkpoints.latest_step() is None
+
+
 def test_one_diverged_model_does_not_stop_the_others():
     optimizer = optax.sgd(0.1)
     keys = jax.random.split(KEY, 2)

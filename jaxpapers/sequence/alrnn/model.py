@@ -44,7 +44,7 @@ def check_num_pwl(num_pwl: NumPWL, latent_dim: int, observed_dim: int = 0) -> No
     Raises:
         ValueError: if P < 0, P > M, or M - N < P < M (some readouts would be rectified).
     """
-    if isinstance(num_pwl, jax.Array):
+    if isinstance(num_pwl, jax.core.Tracer):
         return
     if not 0 <= num_pwl <= latent_dim:
         raise ValueError(f"num_pwl must lie in 0..{latent_dim} (the latent dimension), got {num_pwl}")

@@ -140,9 +140,9 @@ def forced_problem(
     check_num_pwl(num_pwl, latent_dim, observed_dim)
     if forced not in FORCED:
         raise ValueError(f"forced must be one of {FORCED}, got {forced!r}")
-    if not isinstance(tau, jax.Array) and tau < 1:
+    if not isinstance(tau, jax.core.Tracer) and tau < 1:
         raise ValueError(f"tau must be at least 1, got {tau}")
-    if not isinstance(alpha, jax.Array) and not 0 <= alpha <= 1:
+    if not isinstance(alpha, jax.core.Tracer) and not 0 <= alpha <= 1:
         raise ValueError(f"alpha must lie in [0, 1], got {alpha}")
 
     a, W, h, L = map(jnp.asarray, (params.a, params.W, params.h, params.L))
@@ -177,7 +177,7 @@ def _first_guess(params: ALRNNParams, xs: AnyArray, symbols: AnyArray | None, nu
     if symbols is None:
         columns = _columns(xs)[:-1]
         return jnp.concatenate([columns, params.L @ columns], axis=1) > 0
-    if isinstance(num_pwl, jax.Array):
+    if isinstance(num_pwl, jax.core.Tracer):
         raise ValueError("symbols need a static num_pwl: their number of bits is a shape")
     expected = (*xs.shape[:-2], xs.shape[-2] - 1, int(num_pwl))
     if symbols.shape != expected:
@@ -254,7 +254,7 @@ def add_noise(
     Raises:
         ValueError: if sigma < 0.
     """
-    if not isinstance(sigma, jax.Array) and sigma < 0:
+    if not isinstance(sigma, jax.core.Tracer) and sigma < 0:
         raise ValueError(f"sigma must not be negative, got {sigma}")
     xs = jnp.asarray(xs)
     return xs + sigma * jax.random.normal(key, xs.shape, xs.dtype)
