@@ -63,7 +63,7 @@ def test_methods_agree_on_a_long_prime_length_in_float32(structure):
     expected, _ = loop(A, b, h0, structure)
     arrays = [np.float32(x) for x in (A, b, h0)]
     for method in METHODS:
-        states = affine_scan(*arrays, structure=structure, method=method)
+        states = jax.jit(partial(affine_scan, structure=structure, method=method))(*arrays)
         assert states.dtype == jnp.float32
         np.testing.assert_allclose(states, expected, atol=1e-4)  # float32 states of size about 2
 
@@ -97,8 +97,8 @@ def test_chunks_of_any_size_are_the_loop(structure, length, chunk_size, reverse,
 @settings(max_examples=9)
 def test_the_operator_is_associative_with_an_identity_and_does_not_commute(structure, seed):
     A, b, h = problem(structure, 3, seed=seed)
-    first, second, third = zip(A, b, strict=True)
     with jax.enable_x64(True):
+        first, second, third = zip(jnp.asarray(A), jnp.asarray(b), strict=True)
         left = combine(combine(first, second, structure), third, structure)
         right = combine(first, combine(second, third, structure), structure)
         for one, other in zip(left, right, strict=True):
@@ -142,7 +142,7 @@ def scalar(solver, weights):
     return lambda A, b, h0: jnp.sum(jnp.sin(solver(A, b, h0)) * weights)
 
 
-@pytest.mark.parametrize(("structure", "reverse"), itertools.product(STRUCTURES, [False, True]))
+@pytest.mark.parametrize(("structure", "reverse"), list(itertools.product(STRUCTURES, [False, True])))
 def test_gradients_are_those_of_the_oracle(structure, reverse):
     A, b, h0 = problem(structure, 19, (2,))
     weights = np.random.default_rng(1).normal(size=b.shape)
@@ -157,6 +157,18 @@ def test_gradients_are_those_of_the_oracle(structure, reverse):
             got = jax.jit(jax.grad(scalar(solver, weights), (0, 1, 2)))(*arrays)
             for one, other in zip(got, expected, strict=True):
                 np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("argnums", [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2)])
+def test_any_choice_of_inputs_can_be_differentiated(argnums):
+    A, b, h0 = problem("diagonal", 5)
+    weights = np.random.default_rng(1).normal(size=b.shape)
+    with jax.enable_x64(True):
+        arrays = [jnp.asarray(x) for x in (A, b, h0)]
+        expected = jax.grad(scalar(lambda *x: oracle(*x, "diagonal", False), weights), argnums)(*arrays)
+        got = jax.jit(jax.grad(scalar(affine_scan, weights), argnums))(*arrays)
+        for one, other in zip(got, expected, strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
@@ -232,16 +244,18 @@ def test_100k_steps_stay_bounded_and_decay_without_nan(method):
     angles = rng.uniform(0, 2 * np.pi, length)
     rotations = np.stack([[np.cos(angles), -np.sin(angles)], [np.sin(angles), np.cos(angles)]])
     A = np.float32(np.moveaxis(rotations, -1, 0)[..., None])  # orthogonal 2x2 blocks: norms must stay 1
-    states = affine_scan(A, jnp.zeros((length, 2, 1)), jnp.array([[1.0], [0.0]]), structure="block", method=method)
+    blocks = jax.jit(partial(affine_scan, structure="block", method=method))
+    states = blocks(A, jnp.zeros((length, 2, 1)), jnp.array([[1.0], [0.0]]))
     norms = np.linalg.norm(np.asarray(states)[:, :, 0], axis=1)
     np.testing.assert_allclose(norms, 1, atol=1e-3)  # 1e5 roundings of 6e-8, mostly cancelling
-    decayed = affine_scan(jnp.full((length, 1), 0.5), jnp.zeros((length, 1)), jnp.ones(1), method=method)
+    decays = jax.jit(partial(affine_scan, method=method))
+    decayed = decays(jnp.full((length, 1), 0.5), jnp.zeros((length, 1)), jnp.ones(1))
     assert np.isfinite(decayed).all()
     assert decayed[-1] == 0
     np.testing.assert_allclose(decayed[:100, 0], 0.5 ** np.arange(1, 101), rtol=1e-6)
 
 
-@pytest.mark.parametrize(("structure", "reverse"), itertools.product(STRUCTURES, [False, True]))
+@pytest.mark.parametrize(("structure", "reverse"), list(itertools.product(STRUCTURES, [False, True])))
 def test_a_sharded_sequence_gives_the_single_device_numbers(structure, reverse):
     mesh = Mesh(np.array(jax.devices()[:8]), ("seq",))
     A, b, h0 = problem(structure, 32, (2,))
