@@ -171,7 +171,7 @@ def set_up(series: np.ndarray, recipe: ConfigDict, config: ConfigDict, populatio
             _, states = alrnn.generate(params, series[0], steps, num_pwl)
         return states[transient:]
 
-    def measure(states: Array) -> dict[str, Array]:
+    def measure(series: Array, states: Array) -> dict[str, Array]:
         orbit = states[:, :dim]
         if recipe.bins:
             d_stsp = state_space_divergence_binned(series, orbit, recipe.bins)
@@ -190,7 +190,8 @@ def set_up(series: np.ndarray, recipe: ConfigDict, config: ConfigDict, populatio
         batches=OnDevice(lambda step: jax.vmap(windows, (0, None))(window_keys, step)),
         keys=noise_keys,
         free_runs=jax.jit(jax.vmap(free_run)),
-        measures=jax.jit(jax.vmap(measure)),
+        # The series is an argument: as a constant, XLA would fold its histogram while compiling, and complain.
+        measures=partial(jax.jit(jax.vmap(measure, (None, 0))), jnp.asarray(series)),
     )
 
 
@@ -261,8 +262,8 @@ def prediction_errors(params: alrnn.ALRNNParams, num_pwl: Array, series: np.ndar
     """PE_20 of each model."""
 
     @jax.jit
-    @jax.vmap
-    def error(params: alrnn.ALRNNParams, num_pwl: Array) -> Array:
+    @partial(jax.vmap, in_axes=(0, 0, None))
+    def error(params: alrnn.ALRNNParams, num_pwl: Array, series: Array) -> Array:
         return prediction_error(
             lambda z: alrnn.step(params, z, num_pwl),
             lambda x: alrnn.init_state(params, x),
@@ -271,7 +272,7 @@ def prediction_errors(params: alrnn.ALRNNParams, num_pwl: Array, series: np.ndar
             PREDICTION_STEPS,
         )
 
-    return error(params, num_pwl)
+    return error(params, num_pwl, series)
 
 
 def scores_by_p(study: Study) -> dict[str, Any]:

@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AxisType, Mesh, PartitionSpec
 from jaxtyping import Array, Shaped
 
 Structure = str  # one of STRUCTURES
@@ -205,7 +205,7 @@ def affine_scan_sharded(
         A: as in `affine_scan`.
         b: as in `affine_scan`; its number of time steps is a multiple of the size of `seq_axis`.
         h0: as in `affine_scan`, replicated over `seq_axis`.
-        mesh: a mesh with an axis `seq_axis` (with further axes, their type is `AxisType.Auto`).
+        mesh: a mesh with an axis `seq_axis`, all axes of type `AxisType.Auto`.
         seq_axis: the mesh axis over which time is split.
         structure: as in `affine_scan`.
         axis: as in `affine_scan`.
@@ -216,11 +216,14 @@ def affine_scan_sharded(
         The states, sharded over time.
 
     Raises:
-        ValueError: as `affine_scan`; for a mesh without `seq_axis`; for a length that its size does not divide.
+        ValueError: as `affine_scan`; for a mesh without `seq_axis` or with axes that are not `AxisType.Auto`; for
+            a length that the size of `seq_axis` does not divide.
     """
     _check_names(structure, method)
     if seq_axis not in mesh.shape:
         raise ValueError(f"seq_axis {seq_axis!r} is not an axis of the mesh, which has {tuple(mesh.shape)}")
+    if set(mesh.axis_types) != {AxisType.Auto}:
+        raise ValueError(f"the mesh has axis types {mesh.axis_types}, expected AxisType.Auto for every axis")
     A, b, initial, dtype = _canonical(A, b, h0, structure, axis)
     devices = mesh.shape[seq_axis]
     if b.shape[axis] % devices:

@@ -122,7 +122,7 @@ def fit(
             saves = checkpoints is not None and (last or step % checkpoint_every == 0)
             if logs or evaluates or saves:
                 values = jax.device_get(measured)
-                _require_finite(step, values["loss"])
+                _require_finite(step, values)
                 show(step, f"loss {np.nanmean(values['loss']):.3g}")
                 if metrics and logs:
                     metrics.write(step, {f"train/{name}": value for name, value in values.items()})
@@ -167,7 +167,7 @@ def _compiled_call(train_step: TrainStep, batches: Batches | OnDevice) -> Callab
     return stepped
 
 
-def _require_finite(step: int, metrics: Mapping[str, np.ndarray]) -> None:
+def _require_finite(step: int, metrics: Mapping[str, Any]) -> None:
     # A finite loss with a gradient that is not has spoilt the parameters just now, so both are looked at. One diverged
     # model of a population must not stop the others: its NaNs stay in its own row.
     for name in ("loss", "grad_norm"):

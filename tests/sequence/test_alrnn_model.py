@@ -210,6 +210,11 @@ def test_flax_module_is_the_functions():
         lambda v: (module.apply(v, xs[:, 0], 5, method="generate"), alrnn.generate(p, xs[:, 0], 5, 3))
     )(variables)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), ours, theirs)
+    dense = jax.jit(lambda v: module.apply(v, xs, 1, 0.3, "newton", forced="state", max_iterations=9))(variables)
+    options = {"num_pwl": 3, "forced": "state"}
+    np.testing.assert_allclose(
+        dense, alrnn.teacher_forced(p, xs, 1, 0.3, **options)[0], rtol=1e-4, atol=1e-5
+    )  # float32
 
 
 @pytest.mark.parametrize("num_pwl", [-1, M + 1])

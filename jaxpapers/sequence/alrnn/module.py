@@ -37,11 +37,15 @@ class ALRNN(nn.Module):
         self,
         xs: Float[AnyArray, "*batch window observed"],
         tau: int | Int[Array, ""],
-        alpha: float | int | Float[Array, ""] = 1.0,
+        alpha: float | Float[Array, ""] = 1.0,
         method: str = "sequential",
+        **options: Any,
     ) -> Float[Array, "*batch time observed"]:
-        """Teacher-forced predictions of xs[..., 1:, :] (see `teacher_forced`, its errors included)."""
-        predictions, _, _ = teacher_forced(self.alrnn, xs, tau, alpha, num_pwl=self.num_pwl, method=method)
+        """Teacher-forced predictions of xs[..., 1:, :]; options and errors are those of `teacher_forced`.
+
+        Through `apply`, give `method` by position: flax takes that keyword for itself.
+        """
+        predictions, _, _ = teacher_forced(self.alrnn, xs, tau, alpha, num_pwl=self.num_pwl, method=method, **options)
         return predictions
 
     def generate(
