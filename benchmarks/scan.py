@@ -50,6 +50,7 @@ class Point(NamedTuple):
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of the matrices and of the inputs, time first."""
         lead = (self.length, self.batch)
         if self.structure == "block":
             return (*lead, 2, 2, self.width // 2), (*lead, 2, self.width // 2)
