@@ -14,7 +14,6 @@ import json
 import os
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -23,6 +22,8 @@ from typing import Any, NamedTuple
 import jax
 from rich.console import Console
 from rich.table import Table
+
+from jaxpapers.train import write_whole
 
 # Where the output is no terminal (a log, a pipe) rich would fold the tables at 80 columns.
 CONSOLE = Console(width=None if sys.stdout.isatty() else 130)
@@ -183,15 +184,4 @@ def write_json(path: str | Path, payload: Any) -> None:
         path: file to write; its folder is made if it is missing.
         payload: anything `json` can write.
     """
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=target.parent, prefix=target.name, delete=False) as handle:
-        try:
-            json.dump(payload, handle, indent=1)
-            handle.write("\n")
-            handle.flush()
-            os.fsync(handle.fileno())
-        except BaseException:
-            os.unlink(handle.name)
-            raise
-    os.replace(handle.name, target)
+    write_whole(Path(path), json.dumps(payload, indent=1) + "\n")

@@ -114,9 +114,7 @@ def transition_graph(axes: Axes, counts: np.ndarray, names: Sequence[str]) -> No
     axes.axis("off")
 
 
-def sweep(
-    axes: Axes, values: Mapping[str, Sequence[float]], *, xlabel: str, ylabel: str, floor: float | None = None
-) -> None:
+def sweep(axes: Axes, values: Mapping[str, Sequence[float]], *, xlabel: str, ylabel: str) -> None:
     """A measure against a parameter: every seed a dot, the median a line; NaN (failed) seeds at the top.
 
     Args:
@@ -124,19 +122,16 @@ def sweep(
       values: parameter -> measure of each seed.
       xlabel: name of the parameter.
       ylabel: name of the measure.
-      floor: value that the measure takes where nothing was learned; a dashed line.
     """
     positions = range(len(values))
-    failed = 1.05 * max(np.nanmax([np.nanmax(seeds) for seeds in values.values()]), floor or 0)
+    failed = 1.05 * np.nanmax([np.nanmax(seeds) for seeds in values.values()])
     medians = []
     for position, seeds in zip(positions, values.values(), strict=True):
         seeds = np.nan_to_num(np.asarray(seeds, dtype=float), nan=failed)
         medians.append(np.median(seeds))
         axes.plot([position] * len(seeds), seeds, "o", color=COLOURS[0], markersize=5, alpha=0.6)
     axes.plot(positions, medians, color=COLOURS[0], linewidth=1.5, label="median")
-    if floor is not None:
-        axes.axhline(floor, color=GREY, linestyle="--", linewidth=1, label="no overlap")
-    axes.set_xticks(positions, [str(value) for value in values])
+    axes.set_xticks(positions, list(values))
     axes.set(xlabel=xlabel, ylabel=ylabel, ylim=(0, None))
     axes.legend(fontsize=8)
 

@@ -292,29 +292,29 @@ def analyse_minimal(study: Study, config: ConfigDict) -> dict[str, Any]:
     num_pwl = MINIMAL_P[study.name]
     rows = np.flatnonzero(study.population.num_pwl == num_pwl)
     exponents = largest_exponents(member(study.params, rows), num_pwl, study.orbits[rows, 0], config.lyapunov_steps)
-    measured: dict[str, list] = {
-        name: [] for name in ("regions", "occupation", "graph_entropy", "word_entropy", "fixed_points", "radii")
+    fixed_points = [alrnn.fixed_points(member(study.params, row), num_pwl) for row in rows]
+    symbolic = [symbolic_measures(study.orbits[row], num_pwl) for row in rows]
+    measured = {
+        "fixed_points": [found.points[found.real, : study.series.shape[1]] for found in fixed_points],
+        "radii": [found.spectral_radius[found.real] for found in fixed_points],
+        "exponent": exponents,
+        **{name: [measures[name] for measures in symbolic] for name in symbolic[0]},
     }
-    for row in rows:
-        points = alrnn.fixed_points(member(study.params, row), num_pwl)
-        measured["fixed_points"].append(points.points[points.real, : study.series.shape[1]])
-        measured["radii"].append(points.spectral_radius[points.real])
-        if not np.isfinite(study.orbits[row]).all():
-            for name, value in {
-                "regions": 0,
-                "occupation": [],
-                "graph_entropy": np.nan,
-                "word_entropy": np.nan,
-            }.items():
-                measured[name].append(value)
-            continue
-        code = alrnn.symbolic_code(study.orbits[row], num_pwl)
-        graph = alrnn.admissibility_graph(alrnn.transition_counts(code.symbols, len(code.counts)))
-        measured["regions"].append(len(code.counts))
-        measured["occupation"].append(code.occupation)
-        measured["graph_entropy"].append(alrnn.topological_entropy(graph))
-        measured["word_entropy"].append(alrnn.word_entropy(code.symbols, WORD_LENGTH)[-1])
-    return {f"{study.name}/minimal/{name}": values for name, values in {**measured, "exponent": exponents}.items()}
+    return {f"{study.name}/minimal/{name}": values for name, values in measured.items()}
+
+
+def symbolic_measures(orbit: np.ndarray, num_pwl: int) -> dict[str, Any]:
+    """Regions in use, their occupation, and both entropies of an orbit (time, M); of a diverged one there are none."""
+    if not np.isfinite(orbit).all():
+        return {"regions": 0, "occupation": [], "graph_entropy": np.nan, "word_entropy": np.nan}
+    code = alrnn.symbolic_code(orbit, num_pwl)
+    graph = alrnn.admissibility_graph(alrnn.transition_counts(code.symbols, len(code.counts)))
+    return {
+        "regions": len(code.counts),
+        "occupation": code.occupation,
+        "graph_entropy": alrnn.topological_entropy(graph),
+        "word_entropy": alrnn.word_entropy(code.symbols, WORD_LENGTH)[-1],
+    }
 
 
 def largest_exponents(params: alrnn.ALRNNParams, num_pwl: int, starts: np.ndarray, steps: int) -> Array:

@@ -126,8 +126,8 @@ def fit(
                 show(step, f"loss {np.nanmean(values['loss']):.3g}")
                 if metrics and logs:
                     metrics.write(step, {f"train/{name}": value for name, value in values.items()})
-            if evaluates:
-                scores = jax.device_get(dict(evaluate(state)))  # type: ignore[misc]
+            if evaluate is not None and evaluates:
+                scores = jax.device_get(dict(evaluate(state)))
                 if metrics:
                     metrics.write(step, {f"eval/{name}": value for name, value in scores.items()})
                 if best is not None:
@@ -136,8 +136,8 @@ def fit(
                             f"evaluate returned {sorted(scores)}, not {minimize!r}, which is to be minimised"
                         )
                     best = _better(best, jnp.asarray(scores[minimize], jnp.float32), state)
-            if saves:
-                checkpoints.save(step, (state, best))  # type: ignore[union-attr]
+            if checkpoints is not None and saves:
+                checkpoints.save(step, (state, best))
     return Fitted(state, best)
 
 
