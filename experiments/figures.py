@@ -115,7 +115,7 @@ def transition_graph(axes: Axes, counts: np.ndarray, names: Sequence[str]) -> No
 
 
 def sweep(axes: Axes, values: Mapping[str, Sequence[float]], *, xlabel: str, ylabel: str) -> None:
-    """A measure against a parameter: every seed a dot, the median a line; NaN (failed) seeds at the top.
+    """A measure against a parameter: every seed a dot, the median a line; NaN (failed) seeds as crosses at the top.
 
     Args:
       axes: where to draw.
@@ -124,12 +124,17 @@ def sweep(axes: Axes, values: Mapping[str, Sequence[float]], *, xlabel: str, yla
       ylabel: name of the measure.
     """
     positions = range(len(values))
-    failed = 1.05 * np.nanmax([np.nanmax(seeds) for seeds in values.values()])
+    everything = np.concatenate([np.ravel(seeds) for seeds in values.values()]).astype(float)
+    top = 1.1 * np.max(everything, where=np.isfinite(everything), initial=0.0) or 1.0
     medians = []
     for position, seeds in zip(positions, values.values(), strict=True):
-        seeds = np.nan_to_num(np.asarray(seeds, dtype=float), nan=failed)
-        medians.append(np.median(seeds))
-        axes.plot([position] * len(seeds), seeds, "o", color=COLOURS[0], markersize=5, alpha=0.6)
+        seeds = np.asarray(seeds, dtype=float)
+        failed = ~np.isfinite(seeds)
+        medians.append(np.median(np.where(failed, top, seeds)))
+        axes.plot([position] * len(seeds), np.where(failed, np.nan, seeds), "o", color=COLOURS[0], alpha=0.6, ms=5)
+        axes.plot([position] * failed.sum(), [top] * failed.sum(), "x", color=COLOURS[1], ms=7, mew=2)
+    if not np.isfinite(everything).all():
+        axes.plot([], [], "x", color=COLOURS[1], ms=7, mew=2, label="failed")
     axes.plot(positions, medians, color=COLOURS[0], linewidth=1.5, label="median")
     axes.set_xticks(positions, list(values))
     axes.set(xlabel=xlabel, ylabel=ylabel, ylim=(0, None))

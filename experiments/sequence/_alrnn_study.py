@@ -27,10 +27,11 @@ from jaxpapers.train import (
     TrainState,
     TrainStep,
     create_population,
-    exponential_per_epoch,
     make_optimizer,
+    make_schedule,
     make_train_step,
     member,
+    read_metrics,
     vmap_step,
 )
 
@@ -136,7 +137,7 @@ class Setup(NamedTuple):
     batches: OnDevice
     keys: Array
     free_runs: Callable[[PyTree, Array], Array]
-    measures: Callable[[Array], dict[str, Array]]
+    measures: Callable[[np.ndarray, Array], dict[str, Array]]
 
 
 def set_up(series: np.ndarray, recipe: ConfigDict, config: ConfigDict, population: Population) -> Setup:
@@ -180,8 +181,10 @@ def set_up(series: np.ndarray, recipe: ConfigDict, config: ConfigDict, populatio
         d_h = power_spectrum_hellinger(series[: len(orbit)], orbit, recipe.smoothing, padding="reflect")
         return {"d_stsp": d_stsp, "d_h": d_h}
 
-    schedule = exponential_per_epoch(recipe.rate, recipe.last_rate, recipe.updates, EPOCH)
-    optimizer = make_optimizer("radam", schedule)
+    schedule = make_schedule(
+        config.schedule, recipe.rate, recipe.last_rate, recipe.updates, steps_per_change=min(EPOCH, recipe.updates)
+    )
+    optimizer = make_optimizer(config.optimizer, schedule)
     seeds = jax.random.split(jax.random.key(config.seed + 1), config.num_seeds)[population.seed]
     init_keys, window_keys, noise_keys = jnp.moveaxis(jax.vmap(lambda seed: jax.random.split(seed, 3))(seeds), 1, 0)
     return Setup(
@@ -191,7 +194,7 @@ def set_up(series: np.ndarray, recipe: ConfigDict, config: ConfigDict, populatio
         keys=noise_keys,
         free_runs=jax.jit(jax.vmap(free_run)),
         # The series is an argument: as a constant, XLA would fold its histogram while compiling, and complain.
-        measures=partial(jax.jit(jax.vmap(measure, (None, 0))), jnp.asarray(series)),
+        measures=jax.jit(jax.vmap(measure, (None, 0))),
     )
 
 
@@ -218,8 +221,10 @@ class Study(NamedTuple):
 
     def best(self, num_pwl: int) -> int:
         """Row of the model with the smallest D_stsp among those with this P; a failed one counts as worst."""
-        scores = np.where(self.population.num_pwl == num_pwl, self.scores["d_stsp"], np.inf)
-        return int(np.argmin(np.nan_to_num(scores, nan=1e9)))
+        rows = np.flatnonzero(self.population.num_pwl == num_pwl)
+        if not rows.size:
+            raise ValueError(f"no model of {self.name} has P = {num_pwl}; there are {sorted(set(self.recipe.num_pwl))}")
+        return int(rows[np.argmin(np.nan_to_num(self.scores["d_stsp"][rows], nan=np.inf))])
 
     def best_is_finite(self, num_pwl: int) -> bool:
         """Whether the orbit of that model is finite, as symbols and spectra need it."""
@@ -232,8 +237,8 @@ def study(name: str, stage: str, series: np.ndarray, population: Population, con
     setup = set_up(series, recipe, config, population)
 
     def evaluate(state: TrainState) -> dict[str, Array]:
-        num_pwl = state.extra["num_pwl"]
-        return setup.measures(setup.free_runs(state.params, num_pwl))
+        orbits = setup.free_runs(state.params, state.extra["num_pwl"])
+        return {**setup.measures(series, orbits), "finite": jnp.isfinite(state.params.W).all((1, 2))}
 
     run.say(f"{stage}: {len(population.seed)} models, {recipe.updates:,} updates")
     _, best = run.fit(
@@ -251,28 +256,27 @@ def study(name: str, stage: str, series: np.ndarray, population: Population, con
     )
     num_pwl = jnp.asarray(population.num_pwl)
     orbits = setup.free_runs(best.params, num_pwl)
-    scores = setup.measures(orbits)
+    scores = setup.measures(series, orbits)
     scores["pe_20"] = prediction_errors(best.params, num_pwl, series)
-    # A model that never gave a finite D_stsp has failed; what stands in `best` is its initialisation.
-    scores["d_stsp"] = jnp.where(jnp.isfinite(best.score), scores["d_stsp"], jnp.nan)
+    # A model that never gave a finite D_stsp has failed: what stands in `best` is its initialisation. So has one whose
+    # parameters stopped being finite before the authors would count it.
+    evaluations = [line["eval/finite"] for line in read_metrics(run.workdir, stage) if "eval/finite" in line]
+    counted = np.sum(evaluations, axis=0) >= config.min_evaluations
+    scores["d_stsp"] = jnp.where(jnp.isfinite(best.score) & counted, scores["d_stsp"], jnp.nan)
     return Study(name, series, recipe, population, *jax.device_get((best.params, orbits, scores)))
 
 
-def prediction_errors(params: alrnn.ALRNNParams, num_pwl: Array, series: np.ndarray) -> Array:
+@jax.jit
+@partial(jax.vmap, in_axes=(0, 0, None))
+def prediction_errors(params: alrnn.ALRNNParams, num_pwl: Array, series: Array) -> Array:
     """PE_20 of each model."""
-
-    @jax.jit
-    @partial(jax.vmap, in_axes=(0, 0, None))
-    def error(params: alrnn.ALRNNParams, num_pwl: Array, series: Array) -> Array:
-        return prediction_error(
-            lambda z: alrnn.step(params, z, num_pwl),
-            lambda x: alrnn.init_state(params, x),
-            lambda z: alrnn.observe(params, z),
-            series,
-            PREDICTION_STEPS,
-        )
-
-    return error(params, num_pwl, series)
+    return prediction_error(
+        lambda z: alrnn.step(params, z, num_pwl),
+        lambda x: alrnn.init_state(params, x),
+        lambda z: alrnn.observe(params, z),
+        series,
+        PREDICTION_STEPS,
+    )
 
 
 def scores_by_p(study: Study) -> dict[str, Any]:
@@ -291,7 +295,7 @@ def analyse_minimal(study: Study, config: ConfigDict) -> dict[str, Any]:
     """
     num_pwl = MINIMAL_P[study.name]
     rows = np.flatnonzero(study.population.num_pwl == num_pwl)
-    exponents = largest_exponents(member(study.params, rows), num_pwl, study.orbits[rows, 0], config.lyapunov_steps)
+    exponents = largest_exponents(member(study.params, rows), study.orbits[rows, 0], num_pwl, config.lyapunov_steps)
     fixed_points = [alrnn.fixed_points(member(study.params, row), num_pwl) for row in rows]
     symbolic = [symbolic_measures(study.orbits[row], num_pwl) for row in rows]
     measured = {
@@ -317,15 +321,14 @@ def symbolic_measures(orbit: np.ndarray, num_pwl: int) -> dict[str, Any]:
     }
 
 
-def largest_exponents(params: alrnn.ALRNNParams, num_pwl: int, starts: np.ndarray, steps: int) -> Array:
+@partial(jax.jit, static_argnames=("num_pwl", "steps"))
+def largest_exponents(params: alrnn.ALRNNParams, starts: Array, num_pwl: int, steps: int) -> Array:
     """lambda_max per step of each model (appendix), from a state on its own orbit."""
 
-    @jax.jit
-    @jax.vmap
-    def exponent(params: alrnn.ALRNNParams, z0: Array) -> Array:
-        return lyapunov_spectrum(lambda z: alrnn.step(params, z, num_pwl), z0, steps, num_exponents=1)[0]
+    def exponent(params: alrnn.ALRNNParams, start: Array) -> Array:
+        return lyapunov_spectrum(lambda z: alrnn.step(params, z, num_pwl), start, steps, num_exponents=1)[0]
 
-    return exponent(params, jnp.asarray(starts))
+    return jax.vmap(exponent)(params, starts)
 
 
 def minimal_model(study: Study) -> dict[str, Any]:

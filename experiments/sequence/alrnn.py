@@ -12,9 +12,11 @@ out, with a word, where it cannot be had. `paper` is the authors' recipe (Table 
 
 import json
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -35,17 +37,20 @@ from experiments.sequence._alrnn_study import (
     Study,
     analyse_minimal,
     analyse_newton,
+    largest_exponents,
     load_series,
     minimal_model,
     p_sweep,
+    prediction_errors,
     scores_by_p,
     set_up,
+    slope_sweep,
     study,
     study_slopes,
 )
 from jaxpapers.data.download import DataNotFound
 from jaxpapers.data.series import ALRNN_SERIES
-from jaxpapers.train import json_value, scan_steps, write_whole
+from jaxpapers.train import json_value, member, scan_steps, write_whole
 
 PAPER = Paper(
     title="Almost-Linear RNNs Yield Highly Interpretable Symbolic Codes in Dynamical Systems Reconstruction",
@@ -67,6 +72,8 @@ def get_config(preset: str = "small") -> ConfigDict:
         "seed": 0,
         "num_seeds": 3,
         "systems": ("lorenz63", "rossler", "ecg"),
+        "optimizer": "radam",
+        "schedule": "exponential_decay",  # once an epoch of 50 updates
         "batch_size": 16,
         "num_rows": 100_000,  # of the simulated series
         "simulate": True,  # Lorenz-63 and Roessler by our own integrator; False: the authors' files
@@ -74,6 +81,7 @@ def get_config(preset: str = "small") -> ConfigDict:
         "transient": 1_000,
         "updates_per_call": 50,
         "evaluate_every": 2_500,
+        "min_evaluations": 1,  # a model whose parameters stop being finite before so many of them counts as failed
         "lyapunov_steps": 38_000,
         "slope_penalties": (0.0, 1e-4, 1e-3, 1e-2),  # lambda_lin of the trained slopes
         "newton_lengths": (256, 1024),
@@ -100,6 +108,7 @@ def get_config(preset: str = "small") -> ConfigDict:
                 "systems": tuple(RECIPES),
                 "free_run": 100_000,
                 "evaluate_every": 25 * EPOCH,
+                "min_evaluations": 20,
             }
         case _:
             raise ValueError(f"preset must be smoke, small or paper, got {preset!r}")
@@ -109,21 +118,40 @@ def get_config(preset: str = "small") -> ConfigDict:
 def programs(config: ConfigDict) -> dict[str, tuple[Callable, tuple]]:
     """The jitted programs of the run and their abstract arguments: `name -> (function, arguments)`.
 
-    Only shapes matter here, so zeros stand for the series and no file is read.
+    Only shapes matter here, so zeros stand for the series and no file is read. Newton's check in float64 is left out:
+    it is an analysis for the host.
     """
     jitted: dict[str, tuple[Callable, tuple]] = {}
     for name in config.systems:
         recipe = config[name]
         simulated = (config.num_rows, 20 if name == "lorenz96" else 3)
         series = np.zeros(simulated if name in SIMULATORS else ALRNN_SERIES[name].shape, np.float32)
-        setup = set_up(series, recipe, config, p_sweep(recipe, config.num_seeds))
-        updates = jax.jit(
-            scan_steps(setup.train_step, setup.batches.batch_at, config.updates_per_call), donate_argnums=0
-        )
-        abstract = jax.eval_shape(lambda state: state, setup.state)
-        jitted[f"{name}/updates"] = (updates, (abstract, setup.keys))
-        jitted[f"{name}/free_runs"] = (setup.free_runs, (abstract.params, abstract.extra["num_pwl"]))
+        populations = {name: p_sweep(recipe, config.num_seeds)}
+        if name == "lorenz63":
+            populations["lorenz63_slopes"] = slope_sweep(recipe, config.slope_penalties, config.num_seeds, dim=3)
+        for stage, population in populations.items():
+            setup = set_up(series, recipe, config, population)
+            updates = scan_steps(setup.train_step, setup.batches.batch_at, config.updates_per_call)
+            state, keys, data = abstract((setup.state, setup.keys, series))
+            models = (state.params, state.extra["num_pwl"])
+            orbits = jax.eval_shape(setup.free_runs, *models)
+            jitted |= {
+                f"{stage}/updates": (jax.jit(updates, donate_argnums=0), (state, keys)),
+                f"{stage}/free_runs": (setup.free_runs, models),
+                f"{stage}/measures": (setup.measures, (data, orbits)),
+                f"{stage}/prediction_errors": (prediction_errors, (*models, data)),
+            }
+            if stage in MINIMAL_P:
+                exponents = partial(largest_exponents, num_pwl=MINIMAL_P[stage], steps=config.lyapunov_steps)
+                seeds = np.arange(config.num_seeds)  # as many rows as have the minimal P
+                minimal = jax.eval_shape(lambda p, o, seeds=seeds: (member(p, seeds), o[seeds, 0]), models[0], orbits)
+                jitted[f"{stage}/exponents"] = (jax.jit(exponents), minimal)
     return jitted
+
+
+def abstract(tree: Any) -> Any:
+    """The tree with shapes and dtypes in the place of its arrays."""
+    return jax.eval_shape(lambda: jax.tree.map(jnp.asarray, tree))
 
 
 def run(config: ConfigDict, run: Run) -> dict[str, Any]:

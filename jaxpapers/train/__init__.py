@@ -18,7 +18,7 @@ from jaxpapers.train.checkpoint import CheckpointMismatch, Checkpoints
 from jaxpapers.train.files import write_whole
 from jaxpapers.train.loop import Best, Fitted, NonFiniteLoss, OnDevice, fit
 from jaxpapers.train.metrics import MetricsWriter, json_value, read_metrics
-from jaxpapers.train.optimizers import exponential_per_epoch, make_optimizer, make_schedule
+from jaxpapers.train.optimizers import make_optimizer, make_schedule
 from jaxpapers.train.state import TrainState, create_population, create_state, member
 from jaxpapers.train.step import LossFn, TrainStep, make_train_step, scan_steps, vmap_step
 
@@ -35,7 +35,6 @@ __all__ = [
     "TrainStep",
     "create_population",
     "create_state",
-    "exponential_per_epoch",
     "fit",
     "json_value",
     "make_optimizer",

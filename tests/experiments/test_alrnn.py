@@ -12,7 +12,9 @@ import pytest
 
 from experiments.harness import check_claims
 from experiments.sequence import alrnn as experiment
-from jaxpapers.data.download import ENVIRONMENT_VARIABLE
+from experiments.sequence._alrnn_study import Study, p_sweep
+from jaxpapers.data.download import ENVIRONMENT_VARIABLE, DataNotFound
+from jaxpapers.sequence.alrnn import init_params
 from jaxpapers.train import read_metrics
 
 REPOSITORY = Path(__file__).parents[2]
@@ -96,10 +98,16 @@ def test_programs_trace_with_their_abstract_arguments():
     config = experiment.get_config("smoke")
     config.systems = ("lorenz63", "ecg")
     programs = experiment.programs(config)
-    assert sorted(programs) == ["ecg/free_runs", "ecg/updates", "lorenz63/free_runs", "lorenz63/updates"]
-    function, arguments = programs["lorenz63/free_runs"]
-    assert jax.eval_shape(function, *arguments).shape == (3, 300, 20)
-    state, metrics = jax.eval_shape(programs["ecg/updates"][0], *programs["ecg/updates"][1])
+    kinds = ["exponents", "free_runs", "measures", "prediction_errors", "updates"]
+    systems = [f"{system}/{kind}" for system in ("ecg", "lorenz63") for kind in kinds]
+    assert sorted(programs) == systems + [f"lorenz63_slopes/{kind}" for kind in kinds[1:]]
+    leaves = jax.tree.leaves([arguments for _, arguments in programs.values()])
+    assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
+    shapes = {name: jax.eval_shape(function, *arguments) for name, (function, arguments) in programs.items()}
+    assert shapes["lorenz63/free_runs"].shape == (3, 300, 20)
+    assert shapes["lorenz63/exponents"].shape == (1,)
+    assert shapes["lorenz63_slopes/measures"]["d_stsp"].shape == (1,)
+    state, metrics = shapes["ecg/updates"]
     assert state.params.W.shape == (3, 25, 25)
     assert metrics["loss"].shape == (3,)
 
@@ -152,30 +160,68 @@ def test_smoke_writes_the_minimal_model_as_affine_maps(smoke):
     assert sum(region["occupation"] for region in model["regions"]) == pytest.approx(1)
 
 
-def test_a_system_whose_file_is_missing_is_left_out_with_a_word(tmp_path, monkeypatch):
-    from jaxpapers.data.download import DataNotFound
+class Silent:
+    """A run that keeps what it is told and draws nothing to disk."""
 
+    def __init__(self, workdir):
+        self.workdir, self.said, self.figures = workdir, [], []
+
+    def say(self, text):
+        self.said.append(text)
+
+    def figure(self, name, figure):
+        self.figures.append(name)
+
+
+def test_a_system_whose_file_is_missing_is_left_out_with_a_word(tmp_path, monkeypatch):
     def missing(name, config):
         raise DataNotFound("alrnn/ECG.npy is not here")
-
-    said = []
-
-    class Silent:
-        workdir = tmp_path
-
-        def say(self, text):
-            said.append(text)
-
-        def figure(self, name, figure):
-            raise AssertionError("nothing to draw")
 
     monkeypatch.setattr(experiment, "load_series", missing)
     config = experiment.get_config("smoke")
     config.systems = ("ecg",)
-    metrics = experiment.run(config, Silent())
+    run = Silent(tmp_path)
+    metrics = experiment.run(config, run)
     assert metrics == {"ecg/left_out": "alrnn/ECG.npy is not here"}
-    assert said == ["ecg is left out: alrnn/ECG.npy is not here"]
+    assert run.said == ["ecg is left out: alrnn/ECG.npy is not here"]
+    assert run.figures == []
     assert all(row["status"].startswith("not run: no ") for row in check_claims(experiment.CLAIMS, metrics))
+
+
+def fabricated(name, series, recipe, orbit):
+    """A study whose models are all initialisations with this orbit (time, M); a diverged one has no D_stsp."""
+    population = p_sweep(recipe, 1)
+    count = len(population.seed)
+    keys = jax.random.split(jax.random.key(0), count)
+    params = jax.vmap(lambda key: init_params(key, recipe.latent_dim, series.shape[1]))(keys)
+    score = 1.0 if np.isfinite(orbit).all() else np.nan
+    scores = {"d_stsp": np.full(count, score), "d_h": np.full(count, 0.5)}
+    orbits = np.broadcast_to(orbit, (count, *orbit.shape))
+    return Study(name, series, recipe, population, jax.device_get(params), orbits, scores)
+
+
+@pytest.mark.parametrize(
+    ("system", "diverged", "figures"),
+    [("rossler", True, ["d_stsp_vs_p"]), ("ecg", False, ["d_stsp_vs_p", "transition_graphs", "spectra", "ecg"])],
+)
+def test_runs_with_diverged_models_or_without_simulated_systems_end_well(
+    system, diverged, figures, tmp_path, monkeypatch
+):
+    config = experiment.get_config("smoke")
+    config.systems = (system,)
+    recipe = config[system]
+    series = np.random.default_rng(0).normal(size=(300, 5 if system == "ecg" else 3)).astype(np.float32)
+    orbit = np.random.default_rng(1).normal(size=(200, recipe.latent_dim)).astype(np.float32)
+    found = fabricated(system, series, recipe, orbit * (np.nan if diverged else 1.0))
+    monkeypatch.setattr(experiment, "load_series", lambda name, config: series)
+    monkeypatch.setattr(experiment, "study", lambda *arguments: found)
+    run = Silent(tmp_path)
+    metrics = experiment.run(config, run)
+    assert run.figures == figures
+    assert any("diverged" in text for text in run.said) == diverged
+    assert np.isnan(metrics[f"{system}/minimal/word_entropy"]).all() == diverged
+    with pytest.raises(ValueError, match=f"no model of {system} has P = 7"):
+        found.best(7)
 
 
 def test_unknown_systems_are_named():

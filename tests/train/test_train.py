@@ -17,7 +17,6 @@ from jaxpapers.train import (
     OnDevice,
     create_population,
     create_state,
-    exponential_per_epoch,
     fit,
     make_optimizer,
     make_schedule,
@@ -302,17 +301,41 @@ def test_files_are_whole_or_as_before(tmp_path):
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_schedules_and_optimizers_by_name():
-    schedule = make_schedule("cosine_decay_schedule", init_value=2.0, decay_steps=10)
-    assert float(schedule(5)) == pytest.approx(1.0)
-    schedule = exponential_per_epoch(1.0, 0.01, num_steps=100, steps_per_epoch=50)
-    # Two epochs; the rate is constant within one, and would be 0.01 at the start of the third.
-    assert [float(schedule(step)) for step in (0, 49, 50, 99, 100)] == pytest.approx([1.0, 1.0, 0.1, 0.1, 0.01])
+@pytest.mark.parametrize(
+    ("name", "options", "expected"),  # rates from 1 to 0.01 at the steps 0, 49, 50, 99, 100 of 100
+    [
+        ("constant_schedule", {}, [1, 1, 1, 1, 1]),
+        ("linear_schedule", {}, [1, 1 - 0.99 * 0.49, 0.505, 1 - 0.99 * 0.99, 0.01]),
+        ("cosine_decay_schedule", {}, [0.01 + 0.495 * (1 + np.cos(np.pi * t)) for t in (0, 0.49, 0.5, 0.99, 1)]),
+        ("exponential_decay", {}, [1, 0.01**0.49, 0.1, 0.01**0.99, 0.01]),
+        ("exponential_decay", {"steps_per_change": 50}, [1, 1, 0.1, 0.1, 0.01]),
+        ("linear_schedule", {"warmup_steps": 50}, [0, 0.98, 1, 1 - 0.99 * 0.98, 0.01]),
+    ],
+)
+def test_schedules_by_name(name, options, expected):
+    schedule = make_schedule(name, 1.0, 0.01, 100, **options)
+    rates = [float(schedule(jnp.int32(step))) for step in (0, 49, 50, 99, 100)]
+    np.testing.assert_allclose(rates, expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("cosine_decay", 1.0, 0.1, 10), "unknown schedule 'cosine_decay'; did you mean 'cosine_decay_schedule'"),
+        (("exponential_decay", 1.0, 0.0, 10), "exponential_decay cannot go from a rate of 1.0 to one of 0.0"),
+        (("linear_schedule", float("nan"), 0.1, 10), "cannot go from a rate of nan"),
+        (("linear_schedule", 1.0, 0.1, 0), "warmup_steps=0 of num_steps=0"),
+    ],
+)
+def test_schedules_refuse_what_makes_no_sense(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        make_schedule(*arguments)
+
+
+def test_optimizers_by_name():
     updates, _ = make_optimizer("sgd", 0.5).update(jnp.ones(2), make_optimizer("sgd", 0.5).init(jnp.ones(2)))
-    np.testing.assert_array_equal(updates, -0.5)
+    np.testing.assert_allclose(updates, -0.5)
     with pytest.raises(ValueError, match="unknown optimizer 'radm'; did you mean 'radam'"):
         make_optimizer("radm", 0.1)
-    with pytest.raises(ValueError, match="unknown schedule 'cosine_decay'; did you mean 'cosine_decay_schedule'"):
-        make_schedule("cosine_decay")
     with pytest.raises(ValueError, match="'adam': got an unexpected keyword argument 'beta'"):
         make_optimizer("adam", 0.1, beta=0.9)
