@@ -1,11 +1,14 @@
 """The house's own rules: every module imports, every public function is documented, imports point one way."""
 
+import collections.abc
 import importlib
 import inspect
 import pkgutil
 import subprocess
 import sys
+import typing
 from pathlib import Path
+from typing import Any
 
 import jax
 import jaxtyping
@@ -60,12 +63,24 @@ def test_module_imports_and_says_what_it_is_for(name):
 def test_arrays_have_their_shapes_in_the_signature(name):
     if name.startswith(ROOMS_WITHOUT_SHAPES):
         pytest.skip("this room handles files and trees, not arrays of one shape")
-    bare = []
+    unsaid = []
     for what, function in functions(importlib.import_module(name)):
-        for argument, annotation in inspect.get_annotations(function).items():
-            if annotation in (jax.Array, np.ndarray, jaxtyping.Array) and "key" not in argument:
-                bare.append(f"{name}.{what}({argument})")
-    assert not bare, f"bare arrays, their shapes unsaid: {bare}"
+        annotations = inspect.get_annotations(function)
+        arguments = [argument for argument in inspect.signature(function).parameters if argument != "self"]
+        for argument in [*arguments, "return"]:
+            if "key" not in argument and says_no_shape(annotations.get(argument, Any)):
+                unsaid.append(f"{name}.{what}({argument})")
+    assert not unsaid, f"arrays or anything, their shapes unsaid: {unsaid}"
+
+
+def says_no_shape(annotation):
+    """Whether it admits a bare array, or anything at all, itself or inside a union or container."""
+    # The parts of a function's type and of a tree are what the docstring says; a jaxtyping array has no parts.
+    if typing.get_origin(annotation) is collections.abc.Callable or annotation is jaxtyping.PyTree:
+        return False
+    return annotation in (jax.Array, np.ndarray, jaxtyping.Array, Any) or any(
+        says_no_shape(part) for part in typing.get_args(annotation)
+    )
 
 
 def test_imports_point_one_way():
