@@ -427,6 +427,9 @@ def test_predictability_time_of_lorenz():
         ({"alpha": 1.5}, r"alpha must lie in \[0, 1\], got 1.5"),
         ({"num_pwl": -1}, "num_pwl must lie in"),
         ({"num_pwl": M + 1}, "num_pwl must lie in"),
+        ({"num_pwl": jnp.int32(M + 1)}, "num_pwl must lie in"),  # a concrete array is looked at, a traced one is not
+        ({"tau": jnp.int32(0)}, "tau must be at least 1"),
+        ({"alpha": jnp.float32(1.5)}, "alpha must lie in"),
         ({"num_pwl": 5}, "rectify some of the 2 readouts"),
         ({"forced": "hidden"}, "forced must be one of .* got 'hidden'"),
         ({"method": "deer"}, "method must be one of .* got 'deer'"),

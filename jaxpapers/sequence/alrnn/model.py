@@ -36,6 +36,14 @@ class ALRNNParams(NamedTuple):
     slopes: AnyArray | None = None
 
 
+def known_number(value: float | int | np.number | Shaped[AnyArray, ""]) -> Any:
+    """The value as a Python number, which can be checked; None if it is traced, and only known when the program runs.
+
+    A concrete array inside a traced function must leave jax first: comparing it there would trace the comparison.
+    """
+    return None if isinstance(value, jax.core.Tracer) else np.asarray(value).item()
+
+
 def check_num_pwl(num_pwl: NumPWL, latent_dim: int, observed_dim: int = 0) -> None:
     """Refuse a number of piecewise-linear units that does not fit; a traced number passes unchecked.
 
@@ -44,11 +52,12 @@ def check_num_pwl(num_pwl: NumPWL, latent_dim: int, observed_dim: int = 0) -> No
     Raises:
         ValueError: if P < 0, P > M, or M - N < P < M (some readouts would be rectified).
     """
-    if isinstance(num_pwl, jax.core.Tracer):
+    known = known_number(num_pwl)
+    if known is None:
         return
-    if not 0 <= num_pwl <= latent_dim:
+    if not 0 <= known <= latent_dim:
         raise ValueError(f"num_pwl must lie in 0..{latent_dim} (the latent dimension), got {num_pwl}")
-    if latent_dim - observed_dim < num_pwl < latent_dim:
+    if latent_dim - observed_dim < known < latent_dim:
         raise ValueError(
             f"num_pwl={num_pwl} of {latent_dim} units would rectify some of the {observed_dim} readouts: "
             f"accepted are 0..{latent_dim - observed_dim}, and {latent_dim} for the PLRNN"

@@ -23,6 +23,7 @@ from jaxpapers.sequence.alrnn.model import (
     AnyArray,
     NumPWL,
     check_num_pwl,
+    known_number,
     negative_slopes,
 )
 
@@ -140,9 +141,9 @@ def forced_problem(
     check_num_pwl(num_pwl, latent_dim, observed_dim)
     if forced not in FORCED:
         raise ValueError(f"forced must be one of {FORCED}, got {forced!r}")
-    if not isinstance(tau, jax.core.Tracer) and tau < 1:
+    if (known := known_number(tau)) is not None and known < 1:
         raise ValueError(f"tau must be at least 1, got {tau}")
-    if not isinstance(alpha, jax.core.Tracer) and not 0 <= alpha <= 1:
+    if (known := known_number(alpha)) is not None and not 0 <= known <= 1:
         raise ValueError(f"alpha must lie in [0, 1], got {alpha}")
 
     a, W, h, L = map(jnp.asarray, (params.a, params.W, params.h, params.L))
@@ -177,12 +178,13 @@ def _first_guess(params: ALRNNParams, xs: AnyArray, symbols: AnyArray | None, nu
     if symbols is None:
         columns = _columns(xs)[:-1]
         return jnp.concatenate([columns, params.L @ columns], axis=1) > 0
-    if isinstance(num_pwl, jax.core.Tracer):
+    count = known_number(num_pwl)
+    if count is None:
         raise ValueError("symbols need a static num_pwl: their number of bits is a shape")
-    expected = (*xs.shape[:-2], xs.shape[-2] - 1, int(num_pwl))
+    expected = (*xs.shape[:-2], xs.shape[-2] - 1, count)
     if symbols.shape != expected:
         raise ValueError(f"symbols must be {expected} (bits of z~_0..z~_T-1), got {symbols.shape}")
-    linear = params.a.shape[0] - num_pwl
+    linear = params.a.shape[0] - count
     return jnp.pad(_columns(symbols) > 0, ((0, 0), (linear, 0), (0, 0)))
 
 
@@ -254,7 +256,7 @@ def add_noise(
     Raises:
         ValueError: if sigma < 0.
     """
-    if not isinstance(sigma, jax.core.Tracer) and sigma < 0:
+    if (known := known_number(sigma)) is not None and known < 0:
         raise ValueError(f"sigma must not be negative, got {sigma}")
     xs = jnp.asarray(xs)
     return xs + sigma * jax.random.normal(key, xs.shape, xs.dtype)
