@@ -25,7 +25,7 @@ format: .venv/.installed-test
 	$(BIN)/ruff check --fix .
 
 .venv/bin/python:
-	if command -v uv >/dev/null; then uv venv .venv; else $(PYTHON) -m venv .venv; fi
+	if command -v uv >/dev/null; then uv venv --seed .venv; else $(PYTHON) -m venv .venv; fi
 
 .venv/.installed: .venv/bin/python pyproject.toml
 	if command -v uv >/dev/null; then uv pip install --python .venv -e .; else $(BIN)/python -m pip install --quiet -e .; fi

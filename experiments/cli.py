@@ -1,21 +1,25 @@
 """The command line: every mistake is one line on stderr and exit code 2."""
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import jax
 from rich.console import Console
 from rich.table import Table
 
 from experiments.catalogue import UsageError, listing_table, markdown_table, nearest
 from experiments.launch import run_experiment
+from experiments.sweep import submit, sweep_points
+from jaxpapers.train import Terminated, initialize_distributed
 
-COMMANDS = ("list", "run")
-# Bad input, a full disk, a missing file, a diverged training; the rest are bugs and keep a traceback.
-EXPECTED = (ValueError, OSError, FloatingPointError)
+COMMANDS = ("list", "run", "plan", "report")
+# Bad input, a full disk, a missing file, a diverged training, a lost neighbour; the rest are bugs and keep a traceback.
+EXPECTED = (ValueError, OSError, FloatingPointError, jax.errors.JaxRuntimeError)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -47,6 +51,9 @@ def _guarded(command: Any, argv: Sequence[str]) -> int:
             raise
         print(f"error: {' '.join(str(error).split())} (JAXPAPERS_TRACEBACK=1 shows where)", file=sys.stderr)
         return 2
+    except Terminated as stopped:
+        print(f"{stopped}; the same command resumes", file=sys.stderr)
+        return 0
     except KeyboardInterrupt:
         print("interrupted; the same command resumes from the newest checkpoint", file=sys.stderr)
         return 130
@@ -54,19 +61,38 @@ def _guarded(command: Any, argv: Sequence[str]) -> int:
 
 def _command(argv: list[str]) -> int:
     parser = _Parser(prog="python -m experiments", description="Runs the papers' experiments and checks their claims.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{list,run}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{list,run,plan,report}")
     listing = commands.add_parser("list", help="all papers: room, slug, title, state")
     listing.add_argument("--markdown", action="store_true", help="as the README's table")
     running = commands.add_parser("run", help="run one experiment and check its claims", description=_RUN_HELP)
     running.add_argument("paper", metavar="SLUG[:PRESET]", help="e.g. alrnn or alrnn:smoke; default preset: small")
     _add_run_options(running)
+    running.add_argument("--sweep", action="append", default=[], metavar="config.FIELD=A,B", help="one run a value")
+    running.add_argument("--slurm", action="store_true", help="queue the sweep's runs as an array job")
+    running.add_argument("--slurm-option", action="append", default=[], metavar="NAME=VALUE", help="as of submitit")
+    planning = commands.add_parser("plan", help="compile for a pod on this machine", description=_PLAN_HELP)
+    planning.add_argument("paper", metavar="SLUG[:PRESET]")
+    planning.add_argument("--topology", required=True, help="v5e:16x16, v5p:4x4x4, v6e:16x16, cpu:8, ...")
+    planning.add_argument("--json", action="store_true", help="for machines")
+    reporting = commands.add_parser("report", help="all results as Markdown and one HTML page")
+    reporting.add_argument("folder", nargs="?", type=Path, help="where the runs are; default runs/")
+    reporting.add_argument("--output", type=Path, default=Path("report"), help="folder to write into; default report/")
     if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS:
         raise UsageError(f"unknown command {argv[0]!r}{nearest(argv[0], COMMANDS)}")
     arguments, rest = parser.parse_known_args(argv)
     if arguments.command == "run":
+        if arguments.sweep or arguments.slurm:
+            return _sweep(arguments, rest)
         return _run(arguments.paper, arguments, rest)
+    if arguments.command == "plan":
+        return _plan(arguments, rest)
     if rest:
-        raise UsageError(f"unknown option {rest[0]!r}{nearest(rest[0], ['--markdown', '--help'])}")
+        known = {"list": ["--markdown"], "report": ["--output"]}[arguments.command]
+        raise UsageError(f"unknown option {rest[0]!r}{nearest(rest[0], [*known, '--help'])}")
+    if arguments.command == "report":
+        for path in write_report(arguments.folder, arguments.output):
+            print(path)
+        return 0
     if arguments.markdown:
         print(markdown_table())
     else:
@@ -82,8 +108,9 @@ def _config_file_command(argv: list[str]) -> int:
     return _run(arguments.config, arguments, rest)
 
 
+_PLAN_HELP = "Compiles every program of an experiment for a topology, and prints what it needs of each device."
 _RUN_HELP = "Any field of the config can be set: --config.seed=1 --config.model.width=64. Lists are written 1,2,3."
-_OPTIONS = ("--workdir", "--overwrite", "--strict", "--record", "--config.FIELD=VALUE")
+_OPTIONS = ("--workdir", "--overwrite", "--strict", "--record", "--sweep", "--slurm", "--config.FIELD=VALUE")
 
 
 def _add_run_options(parser: argparse.ArgumentParser) -> None:
@@ -93,10 +120,35 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--record", action="store_true", help="keep the results under experiments/results/")
 
 
+def _plan(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
+    plan = plan_experiment(arguments.paper, arguments.topology, _assignments(rest, ("--topology", "--json")))
+    if arguments.json:
+        print(json.dumps(plan_json(plan), indent=1))
+    else:
+        print_plan(plan)
+    return 0
+
+
+def _sweep(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
+    points = sweep_points(arguments.paper, _assignments(rest), arguments.sweep, arguments.workdir)
+    if arguments.slurm:
+        jobs = submit(points, points[0].workdir.parent / "slurm", arguments.slurm_option)
+        print(f"queued {len(jobs)} runs as {jobs[0].job_id.partition('_')[0]}; results in {points[0].workdir.parent}")
+        return 0
+    for number, point in enumerate(points, 1):
+        print(f"[{number}/{len(points)}] {' '.join(point.overrides)}", file=sys.stderr)
+        point()
+    print(f"{len(points)} runs in {points[0].workdir.parent}; python -m experiments report {points[0].workdir.parent}")
+    return 0
+
+
 def _run(target: str, arguments: argparse.Namespace, rest: Sequence[str]) -> int:
+    initialize_distributed()
     workdir, results = run_experiment(
         target, _assignments(rest), arguments.workdir, arguments.overwrite, arguments.record
     )
+    if jax.process_index():
+        return 0
     claims = results["claims"]
     Console().print(_claims_table(claims))
     held = sum(claim["status"] == "holds" for claim in claims)
@@ -104,14 +156,14 @@ def _run(target: str, arguments: argparse.Namespace, rest: Sequence[str]) -> int
     return int(arguments.strict and any(claim["status"] == "fails" for claim in claims))
 
 
-def _assignments(words: Sequence[str]) -> list[str]:
+def _assignments(words: Sequence[str], options: Sequence[str] = _OPTIONS) -> list[str]:
     """`field=value` of each `--config.field=value` or `--config.field value`."""
     assignments = []
     words = list(words)
     while words:
         word = words.pop(0)
         if not word.startswith("--config."):
-            raise UsageError(f"unknown option {word!r}{nearest(word, _OPTIONS)}")
+            raise UsageError(f"unknown option {word!r}{nearest(word, options)}")
         if "=" not in word:
             if not words:
                 raise UsageError(f"{word} needs a value, as in {word}=3")

@@ -5,16 +5,20 @@ An experiment is a file `experiments/<room>/<slug>.py` with `PAPER`, `get_config
 file name; nothing registers it.
 """
 
+import errno
+import shutil
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import matplotlib
+from jax.sharding import Mesh
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from jaxpapers.train import Checkpoints, Fitted, MetricsWriter, fit, write_whole
+from jaxpapers.train import Checkpoints, Fitted, MetricsWriter, TrainState, fit, nbytes, write_whole
 
 PRESETS = ("smoke", "small", "paper")
 Metrics = Mapping[str, Any]
@@ -79,41 +83,66 @@ def check_claims(claims: Iterable[Claim], metrics: Metrics) -> list[dict[str, st
 
 
 class Run:
-    """The folder of one run, and what an experiment writes into it.
+    """The folder of one run, and what an experiment writes into it; with several processes, the first of them writes.
 
     Args:
       workdir: the folder; figures/, checkpoints/, metrics.jsonl and tensorboard/ lie in it.
       console: where `say` prints.
+      mesh: the devices of the run; None for one device.
     """
 
-    def __init__(self, workdir: Path, console: Console):
+    def __init__(self, workdir: Path, console: Console, mesh: Mesh | None = None):
         self.workdir = workdir
+        self.mesh = mesh
         self._console = console
+        self._writes = jax.process_index() == 0
 
     def say(self, text: str) -> None:
         """Tells the person who waits what happens now."""
-        self._console.print(text, highlight=False, markup=False)
+        if self._writes:
+            self._console.print(text, highlight=False, markup=False)
 
-    def fit(self, stage: str, *args: Any, **options: Any) -> Fitted:
+    def fit(self, stage: str, state: TrainState, *args: Any, **options: Any) -> Fitted:
         """`jaxpapers.train.fit` with this run's checkpoints and metrics; resumes where it was stopped.
 
         Args:
           stage: name of what is trained, unique within the run.
-          *args: state, train_step, batches, num_steps.
+          state: as of `fit`.
+          *args: train_step, batches, num_steps.
           **options: as of `fit`.
+
+        Raises:
+          OSError: the disk has no room for the checkpoints; seen before anything is trained.
         """
         with closing(Checkpoints(self.workdir / "checkpoints" / stage)) as checkpoints:
+            _require_space(self.workdir, (checkpoints.keep + 1) * 2 * nbytes(state))  # the best parameters, too
             resume_step = checkpoints.latest_step() or 0
             if resume_step:
                 self.say(f"{stage}: resuming from step {resume_step:,}")
-            with closing(MetricsWriter(self.workdir, stage, resume_step)) as metrics:
-                return fit(*args, checkpoints=checkpoints, metrics=metrics, title=stage, **options)
+            writer = MetricsWriter(self.workdir, stage, resume_step) if self._writes else None
+            with closing(writer) if writer else nullcontext() as metrics:
+                options = {"mesh": self.mesh, "title": stage} | options
+                return fit(state, *args, checkpoints=checkpoints, metrics=metrics, **options)
 
     def figure(self, name: str, figure: Figure) -> Path:
         """Saves figures/<name>.png, whole, and returns its path."""
         path = self.workdir / "figures" / f"{name}.png"
-        write_whole(path, lambda file: figure.savefig(file, format="png", dpi=150, bbox_inches="tight"))
+        if self._writes:
+            write_whole(path, lambda file: figure.savefig(file, format="png", dpi=150, bbox_inches="tight"))
         return path
+
+    def file(self, name: str, content: str | bytes) -> Path:
+        """Writes another file of the run, whole, and returns its path."""
+        if self._writes:
+            write_whole(self.workdir / name, content)
+        return self.workdir / name
+
+
+def _require_space(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        sizes = f"its checkpoints need {needed / 2**20:.0f} MiB, {free / 2**20:.0f} MiB are free"
+        raise OSError(errno.ENOSPC, f"no room for the run in {folder}: {sizes}")
 
 
 def use_figure_style() -> None:

@@ -1,24 +1,33 @@
 """Runs an experiment in its folder: checks what was typed, refuses or resumes, writes results.json."""
 
 import datetime
+import fcntl
 import json
 import os
 import platform
 import shutil
+import socket
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
 from rich.console import Console
 
 from experiments.catalogue import RESULTS, UsageError, load, parse_target
 from experiments.harness import Run, check_claims, use_figure_style
 from experiments.overrides import override
-from jaxpapers.train import json_value, write_whole
+from jaxpapers.train import json_value, make_mesh, read_metrics, sigterm_raises, write_whole
+
+LOCK = ".lock"
+CURVE_POINTS = 200
+MESH = {"data": 0, "model": 1, "seq": 1}  # of every config that has no mesh of its own; 0: all devices that are left
 
 
 def run_experiment(
@@ -29,6 +38,8 @@ def run_experiment(
     record: bool = False,
 ) -> tuple[Path, dict[str, Any]]:
     """Runs an experiment; an unfinished run of the same config is resumed.
+
+    With several processes each of them calls it; the first one writes.
 
     Args:
       target: `slug[:preset]` or `FILE[:preset]`.
@@ -42,43 +53,94 @@ def run_experiment(
 
     Raises:
       UsageError: something that was typed is wrong, or the workdir belongs to another run.
+      OSError: the workdir cannot be written; seen before anything is trained.
+      Terminated: SIGTERM came; the same call resumes the run.
     """
     slug, preset = parse_target(target)
     experiment = load(slug)
-    config = experiment.get_config(preset)
-    override(config, overrides)
-    config.lock()
+    config = configure(slug, preset, overrides)
     if record and (preset != "small" or overrides):
         raise UsageError("--record keeps runs of the preset small, without overrides")
     workdir = workdir or Path("runs") / slug / preset
     # Through JSON, so that what is compared on a resume is what was stored (tuples become lists).
     settings = json.loads(json.dumps({"paper": slug, "preset": preset, **config.to_dict()}))
-    _enter(workdir, settings, overwrite)
-
-    console = Console(stderr=True, soft_wrap=True)
-    console.print(f"{slug}:{preset} -> {workdir}", highlight=False, markup=False)
-    use_figure_style()
-    start = time.monotonic()
-    with _quick_compilation(preset == "smoke"):
-        measured = experiment.run(config, Run(workdir, console))
-    metrics = {name: json_value(value) for name, value in measured.items()}
-    results = {
-        "paper": slug,
-        "preset": preset,
-        "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "seconds": round(time.monotonic() - start, 1),
-        "device": f"{jax.devices()[0].device_kind} x {jax.device_count()}, {os.cpu_count()} host cores",
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in ("jaxpapers", "jax", "jaxlib", "flax", "optax", "numpy")},
-        "config": settings,
-        "metrics": metrics,
-        "claims": check_claims(experiment.CLAIMS, metrics),
-    }
-    write_whole(workdir / "results.json", json.dumps(results, indent=1) + "\n")
+    first = jax.process_index() == 0
+    console = Console(stderr=True, soft_wrap=True, quiet=not first)
+    with sigterm_raises(), _held(workdir) if first else nullcontext():
+        _agreed(lambda: _enter(workdir, settings, overwrite))
+        console.print(f"{slug}:{preset} -> {workdir}", highlight=False, markup=False)
+        use_figure_style()
+        start = time.monotonic()
+        mesh = mesh_of(config) if jax.device_count() > 1 else None
+        with _quick_compilation(preset == "smoke"):
+            measured = experiment.run(config, Run(workdir, console, mesh))
+        metrics = {name: json_value(value) for name, value in measured.items()}
+        results = {
+            "paper": slug,
+            "preset": preset,
+            "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "seconds": round(time.monotonic() - start, 1),
+            "device": f"{jax.devices()[0].device_kind} x {jax.device_count()}, {os.cpu_count()} host cores",
+            "versions": {"python": platform.python_version()}
+            | {name: version(name) for name in ("jaxpapers", "jax", "jaxlib", "flax", "optax", "numpy")},
+            "config": settings,
+            "metrics": metrics,
+            "claims": check_claims(experiment.CLAIMS, metrics),
+            "curves": curves(workdir),
+        }
+        if first:
+            write_whole(workdir / "results.json", json.dumps(results, indent=1) + "\n")
     if record:
+        if left_out := [name for name in metrics if name.endswith("/left_out")]:
+            raise UsageError(f"not recorded, as parts of the run are missing: {', '.join(left_out)}")
         write_whole(RESULTS / f"{slug}.json", (workdir / "results.json").read_bytes())
         write_whole(RESULTS / f"{slug}.png", (workdir / "figures" / f"{experiment.COVER}.png").read_bytes())
     return workdir, results
+
+
+def configure(slug: str, preset: str, overrides: Sequence[str] = ()) -> ConfigDict:
+    """The preset's config with the overrides, locked; every config has a group `mesh`.
+
+    Raises:
+      UsageError: an override that does not fit.
+    """
+    config = load(slug).get_config(preset)
+    config.mesh = config.get("mesh", ConfigDict(MESH))
+    override(config, overrides)
+    config.lock()
+    return config
+
+
+def mesh_of(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
+    """The mesh that a config asks for, of all devices or of those given.
+
+    Raises:
+      UsageError: it does not fit them.
+    """
+    try:
+        return make_mesh(**config.mesh, devices=devices)
+    except ValueError as error:
+        raise UsageError(f"{error}; set config.mesh.data, .model or .seq") from None
+
+
+def curves(workdir: Path) -> dict[str, dict[str, list[Any]]]:
+    """Losses and evaluations of every stage against the step, thinned and rounded: what a report draws."""
+    stages: dict[str, dict[str, list[Any]]] = {}
+    lines = read_metrics(workdir)
+    for stage in dict.fromkeys(line["stage"] for line in lines):
+        for name in ("train/loss", *sorted({key for line in lines for key in line if key.startswith("eval/")})):
+            points = [(line["step"], line[name]) for line in lines if line["stage"] == stage and name in line]
+            points = points[:: -(-len(points) // CURVE_POINTS) or 1]
+            if points:
+                steps, values = zip(*points, strict=True)
+                stages.setdefault(stage, {})[name] = [list(steps), [_rounded(value) for value in values]]
+    return stages
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_rounded(item) for item in value]
+    return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 @contextmanager
@@ -92,22 +154,56 @@ def _quick_compilation(wanted: bool) -> Iterator[None]:
         jax.config.update("jax_disable_most_optimizations", before)
 
 
+@contextmanager
+def _held(workdir: Path) -> Iterator[None]:
+    """Keeps other processes out of the workdir; the system lets go of it when this process ends, however it ends."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    with (workdir / LOCK).open("a+", encoding="utf8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise UsageError(f"{workdir} is in use by another run: {lock.read().strip()}") from None
+        lock.truncate(0)
+        started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}, since {started}")
+        lock.flush()
+        yield
+
+
+def _agreed(check: Callable[[], None]) -> None:
+    """Runs the check on the first process; where it refuses, all processes do."""
+    refusal = ""
+    if jax.process_index() == 0:
+        try:
+            check()
+        except UsageError as error:
+            refusal = str(error)
+            if jax.process_count() == 1:
+                raise
+    if jax.process_count() > 1:
+        text = np.frombuffer(refusal.encode()[:1024].ljust(1024), np.uint8)
+        if refusal := bytes(np.asarray(multihost_utils.broadcast_one_to_all(text), np.uint8)).decode().strip():
+            raise UsageError(refusal)
+
+
 def _enter(workdir: Path, settings: dict[str, Any], overwrite: bool) -> None:
     """Makes the workdir ours, or says why it cannot be."""
     stored = workdir / "config.json"
-    if overwrite and workdir.exists():
-        if any(workdir.iterdir()) and not stored.exists():
+    left = [path for path in workdir.iterdir() if path.name != LOCK]
+    if overwrite and left:
+        if not stored.exists():
             raise UsageError(f"{workdir} holds no run (it has no config.json): --overwrite will not empty it")
-        shutil.rmtree(workdir)
+        for path in left:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     if (workdir / "results.json").exists():
         raise UsageError(f"{workdir} holds a finished run; choose another --workdir, or --overwrite it")
-    if not stored.exists():
-        write_whole(stored, json.dumps(settings, indent=1) + "\n")
-        return
-    before = json.loads(stored.read_text(encoding="utf8"))
-    changed = sorted(name for name in {*before, *settings} if before.get(name) != settings.get(name))
-    if changed:
-        raise UsageError(
-            f"{workdir} holds an unfinished run with another config (it differs in {', '.join(changed)}); "
-            "choose another --workdir, or --overwrite it"
-        )
+    if stored.exists() and any((workdir / "checkpoints").glob("*/*")):
+        before = json.loads(stored.read_text(encoding="utf8"))
+        changed = sorted(name for name in {*before, *settings} if before.get(name) != settings.get(name))
+        if changed:
+            raise UsageError(
+                f"{workdir} holds an unfinished run with another config (it differs in {', '.join(changed)}); "
+                "choose another --workdir, or --overwrite it"
+            )
+    write_whole(stored, json.dumps(settings, indent=1) + "\n")

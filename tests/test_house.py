@@ -6,6 +6,7 @@ import inspect
 import pkgutil
 import subprocess
 import sys
+import tomllib
 import typing
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 
 import jaxpapers
+from experiments.catalogue import ROOMS
 
 REPOSITORY = Path(__file__).parents[1]
 MODULES = sorted(
@@ -87,6 +89,19 @@ def test_imports_point_one_way():
     script = Path(sys.executable).with_name("lint-imports")
     done = subprocess.run([script, "--no-cache"], cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_room_stands_in_the_contracts():
+    contracts = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf8"))["tool"]["importlinter"]
+    layers, papers, substrate, independence = contracts["contracts"]
+    rooms = {f"jaxpapers.{room}" for room in ROOMS if (REPOSITORY / "jaxpapers" / room).exists()}
+    assert rooms <= {room for layer in layers["layers"] for room in layer.split(" | ")}
+    assert rooms <= set(papers["source_modules"])
+    assert rooms <= set(substrate["forbidden_modules"])
+    assert {f"{room}.*" for room in rooms} <= set(independence["modules"])
+    others = {"nn", "ops", "data", "train"}
+    folders = {path.name for path in (REPOSITORY / "jaxpapers").iterdir() if (path / "__init__.py").exists()}
+    assert folders - others <= set(ROOMS)
 
 
 def test_version_is_that_of_the_package():

@@ -21,13 +21,15 @@ TITLES = {
 }
 
 
+VIEWS = {"lorenz63": (0, 2, "x", "z"), "rossler": (0, 1, "x", "y")}  # axes and names of the classical pictures
+
+
 def draw_attractors(studies: Mapping[str, Study]) -> Figure:
     """Free runs of the best minimal models, coloured by region, with their real fixed points (Figs. 4, 5)."""
-    views = {"lorenz63": (0, 2, "x", "z"), "rossler": (0, 1, "x", "y")}
-    chosen = [studies[name] for name in views if name in studies]
+    chosen = [studies[name] for name in VIEWS if name in studies]
     figure, axes = figures.panels(len(chosen), width=3.9, height=3.6)
     for study, ax in zip(chosen, axes, strict=True):
-        first, second, *labels = views[study.name]
+        first, second, *labels = VIEWS[study.name]
         num_pwl = MINIMAL_P[study.name]
         row = study.best(num_pwl)
         points = alrnn.fixed_points(member(study.params, row), num_pwl)

@@ -7,9 +7,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, PyTree
 from ml_collections import ConfigDict
 
+from experiments.catalogue import UsageError, nearest
 from experiments.harness import Run
 from jaxpapers.data.dynamics import simulate_lorenz63, simulate_lorenz96, simulate_rossler, standardise
 from jaxpapers.data.series import alrnn_series
@@ -32,10 +34,12 @@ from jaxpapers.train import (
     make_train_step,
     member,
     read_metrics,
+    to_host,
     vmap_step,
 )
 
 EPOCH = 50  # updates
+POPULATION_RULES = (("", PartitionSpec("data")),)  # on a mesh, every device trains its share of the models
 
 
 class Recipe(NamedTuple):
@@ -83,7 +87,7 @@ RECIPES = {
     "lorenz96": Recipe(100, (50,), 20, 50, 1e-3, 1e-5, 3000 * EPOCH, 0.05, 20.0, dt=0.01),
 }
 SIMULATORS = {"lorenz63": simulate_lorenz63, "rossler": simulate_rossler, "lorenz96": simulate_lorenz96}
-MINIMAL_P = {"lorenz63": 2, "rossler": 1, "ecg": 2}  # the P that the paper settles on (Fig. 3)
+MINIMAL_P = {"lorenz63": 2, "rossler": 1, "ecg": 2, "fmri": 2}  # the P that the paper settles on (Fig. 3)
 WORD_LENGTH = 8  # of the words whose growth estimates the entropy; longer ones would need longer orbits
 PREDICTION_STEPS = 20
 
@@ -92,11 +96,11 @@ def load_series(name: str, config: ConfigDict) -> np.ndarray:
     """The system's series (time, N); simulated ones are standardised.
 
     Raises:
-      ValueError: no such system.
+      UsageError: no such system; the nearest is suggested.
       DataNotFound: the file of a recorded system is missing and cannot be downloaded.
     """
     if name not in RECIPES:
-        raise ValueError(f"unknown system {name!r}; known: {', '.join(RECIPES)}")
+        raise UsageError(f"unknown system {name!r}{nearest(name, RECIPES)}")
     if name in SIMULATORS and (config.simulate or name == "lorenz96"):
         series, _, _ = standardise(SIMULATORS[name](jax.random.key(config.seed), config.num_rows))
         return np.asarray(series)
@@ -127,6 +131,12 @@ def slope_sweep(recipe: ConfigDict, penalties: tuple[float, ...], num_seeds: int
     """All pairs of lambda_lin and seed; every unit that is no readout is leaky, its slope trained (appendix)."""
     lambda_lin, seed = np.meshgrid(np.array(penalties), np.arange(num_seeds), indexing="ij")
     return Population(np.full(seed.size, recipe.latent_dim - dim), seed.ravel(), lambda_lin.ravel())
+
+
+def padded(population: Population, multiple: int) -> Population:
+    """Repeats the last model until the devices of a mesh can share the models evenly; the copies are dropped after."""
+    rows = np.minimum(np.arange(-(-len(population.seed) // multiple) * multiple), len(population.seed) - 1)
+    return Population(*(None if column is None else column[rows] for column in population))
 
 
 class Setup(NamedTuple):
@@ -201,12 +211,16 @@ def set_up(series: np.ndarray, recipe: ConfigDict, config: ConfigDict, populatio
 class Study(NamedTuple):
     """A system and the models that were trained on it, each at its best checkpoint.
 
+    A model has failed that never gave a finite D_stsp, or whose parameters stopped being finite before the authors
+    would count it. Nothing of it is a result: its parameters, orbit and scores are NaN, its D_H is 1.
+
     Attributes:
       name: of the system.
       series: (time, N).
       recipe: the system's fields of the config.
       population: which model is which.
       params: leading axis models.
+      last_params: the same after the last update.
       orbits: (models, time, M), free runs without their transient.
       scores: measure -> (models,), of these orbits.
     """
@@ -216,6 +230,7 @@ class Study(NamedTuple):
     recipe: ConfigDict
     population: Population
     params: alrnn.ALRNNParams
+    last_params: alrnn.ALRNNParams
     orbits: np.ndarray
     scores: dict[str, np.ndarray]
 
@@ -234,14 +249,15 @@ class Study(NamedTuple):
 def study(name: str, stage: str, series: np.ndarray, population: Population, config: ConfigDict, run: Run) -> Study:
     """Trains a population, keeps each model's checkpoint with the smallest D_stsp, and lets it run freely."""
     recipe = config[name]
-    setup = set_up(series, recipe, config, population)
+    models = len(population.seed)
+    setup = set_up(series, recipe, config, padded(population, run.mesh.shape["data"] if run.mesh else 1))
 
     def evaluate(state: TrainState) -> dict[str, Array]:
         orbits = setup.free_runs(state.params, state.extra["num_pwl"])
         return {**setup.measures(series, orbits), "finite": jnp.isfinite(state.params.W).all((1, 2))}
 
-    run.say(f"{stage}: {len(population.seed)} models, {recipe.updates:,} updates")
-    _, best = run.fit(
+    run.say(f"{stage}: {models} models, {recipe.updates:,} updates")
+    last, best = run.fit(
         stage,
         setup.state,
         setup.train_step,
@@ -253,17 +269,18 @@ def study(name: str, stage: str, series: np.ndarray, population: Population, con
         evaluate=evaluate,
         evaluate_every=config.evaluate_every,
         minimize="d_stsp",
+        rules=POPULATION_RULES,
     )
-    num_pwl = jnp.asarray(population.num_pwl)
+    num_pwl = last.extra["num_pwl"]
     orbits = setup.free_runs(best.params, num_pwl)
     scores = setup.measures(series, orbits)
     scores["pe_20"] = prediction_errors(best.params, num_pwl, series)
-    # A model that never gave a finite D_stsp has failed: what stands in `best` is its initialisation. So has one whose
-    # parameters stopped being finite before the authors would count it.
     evaluations = [line["eval/finite"] for line in read_metrics(run.workdir, stage) if "eval/finite" in line]
-    counted = np.sum(evaluations, axis=0) >= config.min_evaluations
-    scores["d_stsp"] = jnp.where(jnp.isfinite(best.score) & counted, scores["d_stsp"], jnp.nan)
-    return Study(name, series, recipe, population, *jax.device_get((best.params, orbits, scores)))
+    score, found = to_host((best.score, (best.params, last.params, orbits, scores)))
+    failed = ~np.isfinite(score) | (np.sum(evaluations, axis=0) < config.min_evaluations)
+    found = jax.tree.map(lambda leaf: np.where(failed.reshape(-1, *[1] * (leaf.ndim - 1)), np.nan, leaf), found)
+    found[-1]["d_h"][failed] = 1.0
+    return Study(name, series, recipe, population, *member(found, slice(models)))
 
 
 @jax.jit
@@ -296,15 +313,23 @@ def analyse_minimal(study: Study, config: ConfigDict) -> dict[str, Any]:
     num_pwl = MINIMAL_P[study.name]
     rows = np.flatnonzero(study.population.num_pwl == num_pwl)
     exponents = largest_exponents(member(study.params, rows), study.orbits[rows, 0], num_pwl, config.lyapunov_steps)
-    fixed_points = [alrnn.fixed_points(member(study.params, row), num_pwl) for row in rows]
+    fixed_points = [real_fixed_points(member(study.params, row), num_pwl) for row in rows]
     symbolic = [symbolic_measures(study.orbits[row], num_pwl) for row in rows]
     measured = {
-        "fixed_points": [found.points[found.real, : study.series.shape[1]] for found in fixed_points],
-        "radii": [found.spectral_radius[found.real] for found in fixed_points],
+        "fixed_points": [points[:, : study.series.shape[1]] for points, _ in fixed_points],
+        "radii": [radii for _, radii in fixed_points],
         "exponent": exponents,
         **{name: [measures[name] for measures in symbolic] for name in symbolic[0]},
     }
     return {f"{study.name}/minimal/{name}": values for name, values in measured.items()}
+
+
+def real_fixed_points(params: alrnn.ALRNNParams, num_pwl: int) -> tuple[np.ndarray, np.ndarray]:
+    """Fixed points (points, M) that lie in their own region, and their spectral radii; a failed model has none."""
+    if not np.isfinite(params.W).all():
+        return np.empty((0, len(params.h))), np.empty(0)
+    found = alrnn.fixed_points(params, num_pwl)
+    return found.points[found.real], found.spectral_radius[found.real]
 
 
 def symbolic_measures(orbit: np.ndarray, num_pwl: int) -> dict[str, Any]:
@@ -383,8 +408,9 @@ def study_slopes(series: np.ndarray, config: ConfigDict, run: Run) -> tuple[Stud
     population = slope_sweep(recipe, config.slope_penalties, config.num_seeds, series.shape[1])
     found = study("lorenz63", "lorenz63_slopes", series, population, config, run)
     num_leaky = int(population.num_pwl[0])
+    # Of the last parameters: the best ones may be early, their slopes still on the way.
     found.scores["nonlinear"] = np.array(
-        [alrnn.count_nonlinear(member(found.params, row), num_leaky) for row in range(len(population.seed))]
+        [alrnn.count_nonlinear(member(found.last_params, row), num_leaky) for row in range(len(population.seed))]
     )
     return found, {
         f"lorenz63/slopes/{penalty:g}/{measure}": found.scores[measure][population.lambda_lin == penalty]

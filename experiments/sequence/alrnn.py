@@ -2,12 +2,17 @@
 
 Reproduces the sweeps over the number P of piecewise-linear units (Fig. 3), the minimal piecewise-linear
 Lorenz and Roessler models with their regions, fixed points and symbol graphs (Figs. 4, 5), the Lyapunov exponents
-(appendix), the choice of P by trained slopes (appendix), the baselines P = 0 (a linear model) and P = M (the
-PLRNN), and the reconstruction of a heart signal. All (P, seed) pairs of a system train together under `vmap`, with
-the same budget; models of one seed share initial weights, windows and noise.
+(appendix), the sweep over the penalty on trained slopes (appendix), the baselines P = 0 (a linear model) and P = M (the
+PLRNN), and the reconstruction of recorded signals (ECG, fMRI, EEG). All (P, seed) pairs of a system train together
+under `vmap`, with the same budget; models of one seed share initial weights, windows and noise.
 
-`small` takes 9 minutes on 2 CPU cores. Lorenz-63 and Roessler are simulated; ECG is the authors' file and is left
-out, with a word, where it cannot be had. `paper` is the authors' recipe (Table of hyper-parameters, appendix).
+`small` takes 11 minutes on 2 CPU cores. Lorenz-63 and Roessler are simulated; the recorded signals are the authors'
+files and are left out, with a word, where they cannot be had. `paper` is the authors' recipe (Table of
+hyper-parameters, appendix).
+
+What `small` does not show: with trained slopes the number of units that stay nonlinear falls with the penalty, but to a
+number that differs from seed to seed, not to the paper's two; EEG wants the full budget. The fMRI file has no labels of
+the task's stages, so the decoder for them (`init_decoder`, `class_log_likelihood`, `label_accuracy`) is not run here.
 """
 
 import json
@@ -16,12 +21,13 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from experiments.harness import Claim, Metrics, Paper, Run
 from experiments.sequence._alrnn_figures import (
+    VIEWS,
     draw_attractors,
     draw_graphs,
     draw_signal,
@@ -32,6 +38,7 @@ from experiments.sequence._alrnn_figures import (
 from experiments.sequence._alrnn_study import (
     EPOCH,
     MINIMAL_P,
+    POPULATION_RULES,
     RECIPES,
     SIMULATORS,
     Study,
@@ -41,6 +48,7 @@ from experiments.sequence._alrnn_study import (
     load_series,
     minimal_model,
     p_sweep,
+    padded,
     prediction_errors,
     scores_by_p,
     set_up,
@@ -50,7 +58,7 @@ from experiments.sequence._alrnn_study import (
 )
 from jaxpapers.data.download import DataNotFound
 from jaxpapers.data.series import ALRNN_SERIES
-from jaxpapers.train import json_value, member, scan_steps, write_whole
+from jaxpapers.train import abstract, json_value, member, state_shardings, update_program
 
 PAPER = Paper(
     title="Almost-Linear RNNs Yield Highly Interpretable Symbolic Codes in Dynamical Systems Reconstruction",
@@ -71,7 +79,7 @@ def get_config(preset: str = "small") -> ConfigDict:
     shared = {
         "seed": 0,
         "num_seeds": 3,
-        "systems": ("lorenz63", "rossler", "ecg"),
+        "systems": ("lorenz63", "rossler", "ecg", "fmri", "eeg"),
         "optimizer": "radam",
         "schedule": "exponential_decay",  # once an epoch of 50 updates
         "batch_size": 16,
@@ -95,6 +103,8 @@ def get_config(preset: str = "small") -> ConfigDict:
             for recipe in systems.values():
                 recipe |= {"window": 20, "updates": 40, "num_pwl": (0, 1, 2)}
                 recipe |= {"latent_dim": min(25, recipe["latent_dim"])}
+            systems["eeg"] |= {"latent_dim": 70, "num_pwl": (0, 2)}  # of 64 observed dimensions
+            systems["lorenz96"] |= {"latent_dim": 30}
             systems["rossler"]["bins"] = 0  # so that both forms of D_stsp run
         case "small":
             for recipe in systems.values():
@@ -102,6 +112,8 @@ def get_config(preset: str = "small") -> ConfigDict:
             systems["lorenz63"]["num_pwl"] = (0, 1, 2, 3, 20)
             systems["rossler"]["num_pwl"] = (0, 1, 2, 20)
             systems["ecg"] |= {"window": 50, "rate": 2e-3, "updates": 15_000, "num_pwl": (0, 2)}
+            systems["fmri"] |= {"updates": 7_500, "num_pwl": (0, 2)}
+            systems["eeg"] |= {"window": 50, "rate": 1e-3, "updates": 2_500}
         case "paper":
             shared |= {
                 "num_seeds": 10,
@@ -115,13 +127,14 @@ def get_config(preset: str = "small") -> ConfigDict:
     return ConfigDict({**shared, **systems})
 
 
-def programs(config: ConfigDict) -> dict[str, tuple[Callable, tuple]]:
-    """The jitted programs of the run and their abstract arguments: `name -> (function, arguments)`.
+def programs(config: ConfigDict, mesh: Mesh) -> dict[str, tuple[Callable, tuple]]:
+    """The jitted programs of the run on a mesh and their abstract arguments: `name -> (function, arguments)`.
 
     Only shapes matter here, so zeros stand for the series and no file is read. Newton's check in float64 is left out:
     it is an analysis for the host.
     """
     jitted: dict[str, tuple[Callable, tuple]] = {}
+    whole, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
     for name in config.systems:
         recipe = config[name]
         simulated = (config.num_rows, 20 if name == "lorenz96" else 3)
@@ -130,13 +143,18 @@ def programs(config: ConfigDict) -> dict[str, tuple[Callable, tuple]]:
         if name == "lorenz63":
             populations["lorenz63_slopes"] = slope_sweep(recipe, config.slope_penalties, config.num_seeds, dim=3)
         for stage, population in populations.items():
-            setup = set_up(series, recipe, config, population)
-            updates = scan_steps(setup.train_step, setup.batches.batch_at, config.updates_per_call)
-            state, keys, data = abstract((setup.state, setup.keys, series))
+            setup = set_up(series, recipe, config, padded(population, mesh.shape["data"]))
+            shardings = state_shardings(setup.state, mesh, POPULATION_RULES)
+            state, keys, data = (
+                abstract(setup.state, shardings),
+                abstract(setup.keys, whole),
+                abstract(series, whole),
+            )
             models = (state.params, state.extra["num_pwl"])
-            orbits = jax.eval_shape(setup.free_runs, *models)
+            orbits = abstract(jax.eval_shape(setup.free_runs, *models), split)
+            updates = update_program(setup.train_step, setup.batches, config.updates_per_call, shardings)
             jitted |= {
-                f"{stage}/updates": (jax.jit(updates, donate_argnums=0), (state, keys)),
+                f"{stage}/updates": (updates, (state, keys)),
                 f"{stage}/free_runs": (setup.free_runs, models),
                 f"{stage}/measures": (setup.measures, (data, orbits)),
                 f"{stage}/prediction_errors": (prediction_errors, (*models, data)),
@@ -145,13 +163,8 @@ def programs(config: ConfigDict) -> dict[str, tuple[Callable, tuple]]:
                 exponents = partial(largest_exponents, num_pwl=MINIMAL_P[stage], steps=config.lyapunov_steps)
                 seeds = np.arange(config.num_seeds)  # as many rows as have the minimal P
                 minimal = jax.eval_shape(lambda p, o, seeds=seeds: (member(p, seeds), o[seeds, 0]), models[0], orbits)
-                jitted[f"{stage}/exponents"] = (jax.jit(exponents), minimal)
+                jitted[f"{stage}/exponents"] = (jax.jit(exponents), abstract(minimal, whole))
     return jitted
-
-
-def abstract(tree: Any) -> Any:
-    """The tree with shapes and dtypes in the place of its arrays."""
-    return jax.eval_shape(lambda: jax.tree.map(jnp.asarray, tree))
 
 
 def run(config: ConfigDict, run: Run) -> dict[str, Any]:
@@ -184,16 +197,16 @@ def run(config: ConfigDict, run: Run) -> dict[str, Any]:
     for name in minimal.keys() - finite.keys():
         run.say(f"{name}: every model with P = {MINIMAL_P[name]} diverged; there is nothing to draw")
     for name, found in finite.items():
-        write_whole(run.workdir / f"minimal_{name}.json", json.dumps(json_value(minimal_model(found)), indent=1))
+        run.file(f"minimal_{name}.json", json.dumps(json_value(minimal_model(found)), indent=1))
     if studies:
         run.figure("d_stsp_vs_p", draw_sweeps(studies))
     if finite:
         run.figure("transition_graphs", draw_graphs(finite))
         run.figure("spectra", draw_spectra(finite))
-    if finite.keys() - {"ecg"}:
+    if finite.keys() & VIEWS.keys():
         run.figure("attractors", draw_attractors(finite))
-    if "ecg" in finite:
-        run.figure("ecg", draw_signal(finite["ecg"]))
+    for name in finite.keys() - VIEWS.keys():
+        run.figure(name, draw_signal(finite[name]))
     return metrics
 
 
@@ -275,8 +288,9 @@ def _mechanism_text(metrics: Metrics) -> str:
 
 
 def _exponents(metrics: Metrics) -> dict[str, list[float]]:
+    """Of every minimal model that has not failed."""
     return {
-        system: [float(metrics[f"{system}/minimal/exponent"][seed]) for seed in _good_seeds(metrics, system)]
+        system: [value for value in map(float, metrics[f"{system}/minimal/exponent"]) if np.isfinite(value)]
         for system in EXPONENTS
     }
 
@@ -340,7 +354,7 @@ CLAIMS = (
     Claim(
         "chaos",
         "appendix",
-        "lambda_max is positive and within a factor of 2.5 of the true one in every seed with D_stsp < 2",
+        "lambda_max is positive and within a factor of 2.5 of the true one in every seed that has not failed",
         "0.00906 (Lorenz-63) and 0.0057 (Roessler) per step",
         _chaos_text,
         _chaos_is_true,

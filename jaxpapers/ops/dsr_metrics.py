@@ -35,7 +35,8 @@ def state_space_divergence_binned(
     """D_stsp by binning: KL(p_true || p_gen) of N-dimensional histograms, in nats.
 
     For N up to about 10 (there are bins^N cells). p = (count + 1e-5) / (total + 1e-5 bins^N). Points outside of
-    the box, which the true data span, are dropped before normalising. The versions differ by the box:
+    the box, which the true data span, are dropped before normalising (along a dimension in which the data are constant
+    it is 1 wide). The versions differ by the box:
 
     - "julia": [min - 0.1 std, max + 0.1 std], what the papers report;
     - "legacy": [-2 std, 2 std];
@@ -82,10 +83,12 @@ def _common_dim(x_true: AnyArray, x_gen: AnyArray) -> int:
 
 def _box(x: Array, version: str) -> tuple[Array, Array]:
     std = jnp.std(x, axis=0, ddof=1)
-    if version == "legacy":
-        return -2 * std, 2 * std
     margin = 0.1 if version == "julia" else 0
-    return x.min(axis=0) - margin * std, x.max(axis=0) + margin * std
+    low, high = x.min(axis=0) - margin * std, x.max(axis=0) + margin * std
+    if version == "legacy":
+        low, high = -2 * std, 2 * std
+    constant = high <= low  # a box without width would hold no point, not even the data
+    return jnp.where(constant, x[0] - 0.5, low), jnp.where(constant, x[0] + 0.5, high)
 
 
 def _histogram(x: Array, low: Array, high: Array, bins: int, first_bin: int) -> Array:

@@ -7,6 +7,8 @@
 state       what a run carries; populations of models that train together
 step        one update, for one model or under `vmap` for a population
 loop        `fit`
+mesh        meshes, placement of parameters by rules, batches by `data`, several processes
+stopping    SIGTERM
 optimizers  optimizers and schedules by their optax names
 checkpoint  save, resume
 metrics     metrics.jsonl and TensorBoard
@@ -14,13 +16,25 @@ progress    the bar
 files       files that are whole or absent
 """
 
-from jaxpapers.train.checkpoint import CheckpointMismatch, Checkpoints
+from jaxpapers.train.checkpoint import CheckpointMismatch, Checkpoints, nbytes
 from jaxpapers.train.files import write_whole
-from jaxpapers.train.loop import Best, Fitted, NonFiniteLoss, OnDevice, fit
+from jaxpapers.train.loop import Best, Fitted, NonFiniteLoss, OnDevice, fit, update_program
+from jaxpapers.train.mesh import (
+    abstract,
+    fsdp,
+    initialize_distributed,
+    make_mesh,
+    param_specs,
+    place,
+    place_batch,
+    state_shardings,
+    to_host,
+)
 from jaxpapers.train.metrics import MetricsWriter, json_value, read_metrics
-from jaxpapers.train.optimizers import make_optimizer, make_schedule
+from jaxpapers.train.optimizers import averaged_params, make_optimizer, make_schedule
 from jaxpapers.train.state import TrainState, create_population, create_state, member
 from jaxpapers.train.step import LossFn, TrainStep, make_train_step, scan_steps, vmap_step
+from jaxpapers.train.stopping import Terminated, sigterm_noted, sigterm_raises
 
 __all__ = [
     "Best",
@@ -31,18 +45,33 @@ __all__ = [
     "MetricsWriter",
     "NonFiniteLoss",
     "OnDevice",
+    "Terminated",
     "TrainState",
     "TrainStep",
+    "abstract",
+    "averaged_params",
     "create_population",
     "create_state",
     "fit",
+    "fsdp",
+    "initialize_distributed",
     "json_value",
+    "make_mesh",
     "make_optimizer",
     "make_schedule",
     "make_train_step",
     "member",
+    "nbytes",
+    "param_specs",
+    "place",
+    "place_batch",
     "read_metrics",
     "scan_steps",
+    "sigterm_noted",
+    "sigterm_raises",
+    "state_shardings",
+    "to_host",
+    "update_program",
     "vmap_step",
     "write_whole",
 ]

@@ -1,11 +1,25 @@
-"""Checkpoints: orbax, kept small: the newest ones, each holding everything that an exact resume needs."""
+"""Checkpoints: orbax, kept small: the newest ones, each holding everything that an exact resume needs.
 
+Orbax writes a checkpoint under a temporary name and renames it. After that a manifest (size and CRC-32 of every file)
+is written beside it: a checkpoint that does not match its manifest was cut off, truncated or damaged, and the one
+before is taken instead.
+"""
+
+import json
 import logging
+import math
+import shutil
+import zlib
 from pathlib import Path
 
 import jax
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from jaxtyping import PyTree
+
+from jaxpapers.train.files import write_whole
+
+LOGGER = logging.getLogger(__name__)
 
 
 class CheckpointMismatch(ValueError):
@@ -15,7 +29,8 @@ class CheckpointMismatch(ValueError):
 class Checkpoints:
     """The checkpoints of one stage of a run.
 
-    Orbax writes each under a temporary name and renames it, so a killed save leaves none behind.
+    What is damaged is set aside (`damaged-<step>`), with a warning, when the folder is opened. With several
+    processes the folder is shared, and each of them opens it and calls the same methods in the same order.
 
     Args:
       directory: where they lie, one folder a step.
@@ -24,13 +39,26 @@ class Checkpoints:
 
     def __init__(self, directory: Path, keep: int = 2):
         logging.getLogger("absl").setLevel(logging.WARNING)  # orbax reports every save at INFO
+        self._directory = Path(directory).absolute()
+        self.keep = keep
+        if jax.process_index() == 0:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            self._set_damaged_aside()
+        _barrier("checkpoints checked")
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
-        self._manager = ocp.CheckpointManager(Path(directory).absolute(), options=options)
+        self._manager = ocp.CheckpointManager(self._directory, options=options)
 
     def save(self, step: int, tree: PyTree) -> None:
         """Saves the tree as of `step`; a checkpoint of that step that exists already is kept as it is."""
-        if step not in self._manager.all_steps():
-            self._manager.save(step, args=ocp.args.StandardSave(tree))
+        if step in self._manager.all_steps():
+            return
+        self._manager.save(step, args=ocp.args.StandardSave(tree))
+        if jax.process_index() == 0:
+            write_whole(self._manifest(step), json.dumps(_sums(self._directory / str(step))))
+            for path in self._directory.glob("*.manifest"):
+                if not (self._directory / path.stem).exists():
+                    path.unlink()
+        _barrier("checkpoint written")
 
     def latest_step(self) -> int | None:
         """Step of the newest checkpoint, None where there is none."""
@@ -40,7 +68,8 @@ class Checkpoints:
         """The newest checkpoint as `(step, tree)`, None where there is none.
 
         Args:
-          like: a tree of arrays (or shape/dtype structs) of the same structure.
+          like: a tree of arrays (or shape/dtype structs) of the same structure. Where its leaves have shardings, the
+            restored arrays are laid out so, whatever mesh they were saved from.
 
         Raises:
           CheckpointMismatch: what lies on disk has another structure, shape or dtype.
@@ -52,9 +81,49 @@ class Checkpoints:
         try:
             tree = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
         except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointMismatch(f"checkpoint {step} in {self._manager.directory} does not fit: {error}") from error
+            raise CheckpointMismatch(f"checkpoint {step} in {self._directory} does not fit: {error}") from error
         return step, tree
 
     def close(self) -> None:
         """Releases orbax's threads; `contextlib.closing` does it."""
         self._manager.close()
+
+    def _manifest(self, step: int) -> Path:
+        return self._directory / f"{step}.manifest"
+
+    def _set_damaged_aside(self) -> None:
+        for folder in sorted(path for path in self._directory.iterdir() if path.name.isdecimal()):
+            manifest = self._manifest(int(folder.name))
+            if not manifest.exists():
+                reason = "its save was cut off"
+            elif json.loads(manifest.read_text(encoding="utf8")) != _sums(folder):
+                reason = "its files are not those that were saved"
+            else:
+                continue
+            aside = folder.with_name(f"damaged-{folder.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
+            manifest.unlink(missing_ok=True)
+            LOGGER.warning("checkpoint %s is damaged (%s); it is set aside as %s", folder.name, reason, aside)
+
+
+def nbytes(tree: PyTree) -> int:
+    """Bytes of all arrays of a tree, those on other processes included."""
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _sums(folder: Path) -> dict[str, list[int]]:
+    """File -> [size, CRC-32], of all files below the folder."""
+    sums = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        crc = 0
+        with path.open("rb") as file:
+            while block := file.read(2**22):
+                crc = zlib.crc32(block, crc)
+        sums[str(path.relative_to(folder))] = [path.stat().st_size, crc]
+    return sums
+
+
+def _barrier(name: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)

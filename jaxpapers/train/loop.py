@@ -1,18 +1,24 @@
 """`fit`: the one training loop of all papers."""
 
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Generator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, PyTree
 
 from jaxpapers.train.checkpoint import Checkpoints
+from jaxpapers.train.mesh import Rules, place, place_batch, state_shardings, to_host
 from jaxpapers.train.metrics import MetricsWriter
 from jaxpapers.train.progress import progress_bar
 from jaxpapers.train.state import TrainState
 from jaxpapers.train.step import TrainStep, scan_steps
+from jaxpapers.train.stopping import Terminated, sigterm_noted
 
 
 class NonFiniteLoss(FloatingPointError):
@@ -65,12 +71,15 @@ def fit(
     checkpoints: Checkpoints | None = None,
     checkpoint_every: int | None = None,
     metrics: MetricsWriter | None = None,
+    mesh: Mesh | None = None,
+    rules: Rules = (),
     title: str = "train",
 ) -> Fitted:
     """Trains up to `num_steps` updates, from the newest checkpoint if there is one.
 
     Everything happens at steps that are multiples of `steps_per_call`, counted from 0, and every random draw
-    depends on the step alone: a run that was stopped and resumed ends with the bits of one that was not.
+    depends on the step alone: a run that was stopped and resumed ends with the bits of one that was not. SIGTERM is
+    held back until the call in progress has ended and its state is saved.
 
     Args:
       state: the state before the first update; of one model or of a population. Its buffers are donated: use
@@ -87,14 +96,20 @@ def fit(
       checkpoints: where to save, every `checkpoint_every` steps and at the end.
       checkpoint_every: see above; default `evaluate_every`.
       metrics: where to write what was measured.
+      mesh: where to train; None for one device. Batches are split over its axis `data` (`OnDevice` ones are made
+        there; of others each process gives its own rows).
+      rules: how parameters are placed on the mesh, see `jaxpapers.train.mesh`.
       title: what the progress bar says.
 
     Raises:
-      ValueError: intervals that are not multiples of `steps_per_call`, or a metric to minimise that the
-        evaluation does not return.
+      ValueError: intervals below 1 or not multiples of `steps_per_call`, or a metric to minimise that the
+        evaluation does not return; rules and batches that do not fit the mesh.
+      Terminated: SIGTERM came; the state is in the checkpoints.
       NonFiniteLoss: loss or gradient of the model (of a population: of all its models) is not finite. Nothing is
         saved after that, so that the newest checkpoint is a good one.
     """
+    if steps_per_call < 1 or log_every < 1:
+        raise ValueError(f"steps_per_call={steps_per_call} and log_every={log_every} must be at least 1")
     checkpoint_every = checkpoint_every or evaluate_every or num_steps
     for name, every in {
         "log_every": log_every,
@@ -106,20 +121,23 @@ def fit(
     if minimize and evaluate is None:
         raise ValueError(f"minimize={minimize!r} needs an `evaluate` function")
 
-    best = _no_best(state, key.shape) if minimize else None
+    shardings = None
+    if mesh is not None:
+        shardings = state_shardings(state, mesh, rules)
+        state, key = place((state, key), (shardings, NamedSharding(mesh, PartitionSpec())))
+    best = _no_best(state, key.shape, mesh) if minimize else None
     if checkpoints and (restored := checkpoints.restore((state, best))):
         _, (state, best) = restored
-    call = _compiled_call(train_step, batches)
     step = int(state.step)
-    with progress_bar(title, num_steps, step) as show:
-        while step < num_steps:
-            length = min(steps_per_call, num_steps - step)
-            state, measured = call(state, step, length, key)
-            step += length
+    updates = _updates(train_step, batches, step, num_steps, steps_per_call, shardings)
+    with progress_bar(title, num_steps, step) as show, sigterm_noted() as stops_at, closing(updates):
+        for update in updates:
+            state, measured, step = update(state, key)
             last = step == num_steps
+            stops = stops_at(step) and not last
             logs = step % log_every == 0 or last
             evaluates = evaluate is not None and (last or bool(evaluate_every and step % evaluate_every == 0))
-            saves = checkpoints is not None and (last or step % checkpoint_every == 0)
+            saves = checkpoints is not None and (last or stops or step % checkpoint_every == 0)
             if logs or evaluates or saves:
                 values = jax.device_get(measured)
                 _require_finite(step, values)
@@ -127,7 +145,7 @@ def fit(
                 if metrics and logs:
                     metrics.write(step, {f"train/{name}": value for name, value in values.items()})
             if evaluate is not None and evaluates:
-                scores = jax.device_get(dict(evaluate(state)))
+                scores = to_host(dict(evaluate(state)))
                 if metrics:
                     metrics.write(step, {f"eval/{name}": value for name, value in scores.items()})
                 if best is not None:
@@ -135,36 +153,91 @@ def fit(
                         raise ValueError(
                             f"evaluate returned {sorted(scores)}, not {minimize!r}, which is to be minimised"
                         )
-                    best = _better(best, jnp.asarray(scores[minimize], jnp.float32), state)
+                    best = _better(best, np.asarray(scores[minimize], np.float32), state)
             if checkpoints is not None and saves:
                 checkpoints.save(step, (state, best))
+            if stops:
+                raise Terminated(f"{title}: stopped by SIGTERM after step {step}{', which is saved' if saves else ''}")
     return Fitted(state, best)
 
 
-def _compiled_call(train_step: TrainStep, batches: Batches | OnDevice) -> Callable:
-    """`(state, step, length, key) -> (state, metrics)`; the state's buffers are donated."""
+def update_program(
+    train_step: TrainStep, batches: Batches | OnDevice, steps_per_call: int = 1, shardings: TrainState | None = None
+) -> Callable:
+    """The jitted program that `fit` calls again and again, for those who plan or time it.
+
+    Args:
+      train_step: as of `fit`.
+      batches: as of `fit`.
+      steps_per_call: as of `fit`; matters for `OnDevice` batches alone.
+      shardings: what `state_shardings` returned; None for one device.
+
+    Returns:
+      `(state, key) -> (state, metrics)` for `OnDevice` batches, `(state, batch, key) -> (state, metrics)` for others.
+      The state is donated.
+    """
+    options: dict[str, Any] = {"donate_argnums": 0}
+    if shardings is not None:
+        options["out_shardings"] = (shardings, NamedSharding(shardings.step.mesh, PartitionSpec()))
+    if not isinstance(batches, OnDevice):
+        return jax.jit(train_step, **options)
+    batch_at = batches.batch_at
+    if shardings is not None:
+        split = NamedSharding(shardings.step.mesh, PartitionSpec("data"))
+
+        def batch_at(step: Array) -> PyTree:
+            return jax.lax.with_sharding_constraint(batches.batch_at(step), split)
+
+    return jax.jit(scan_steps(train_step, batch_at, steps_per_call), **options)
+
+
+def _updates(
+    train_step: TrainStep,
+    batches: Batches | OnDevice,
+    start: int,
+    stop: int,
+    steps_per_call: int,
+    shardings: TrainState | None,
+) -> Generator[Callable, None, None]:
+    """One function `(state, key) -> (state, metrics, step)` a call."""
+    spans = [(first, min(steps_per_call, stop - first)) for first in range(start, stop, steps_per_call)]
     if isinstance(batches, OnDevice):
-        programs: dict[int, Callable] = {}
+        programs = {n: update_program(train_step, batches, n, shardings) for n in {n for _, n in spans}}
+        for first, length in spans:
+            yield lambda state, key, first=first, length=length: (*programs[length](state, key), first + length)
+        return
+    one_step = update_program(train_step, batches, 1, shardings)
+    mesh = None if shardings is None else shardings.step.mesh
+    with closing(_prefetched(batches, range(start, stop), mesh)) as ahead:
+        for first, length in spans:
 
-        def scanned(state: TrainState, step: int, length: int, key: Array) -> tuple[TrainState, Any]:
-            if length not in programs:
-                programs[length] = jax.jit(scan_steps(train_step, batches.batch_at, length), donate_argnums=0)
-            return programs[length](state, key)
+            def stepped(state: TrainState, key: Array, first: int = first, length: int = length) -> tuple:
+                history = []
+                for _ in range(length):
+                    state, measured = one_step(state, next(ahead), key)
+                    history.append(measured)
+                mean = jax.tree.map(lambda *values: jnp.mean(jnp.stack(values), 0), *history)
+                return state, mean if length > 1 else history[0], first + length
 
-        return scanned
+            yield stepped
 
-    one_step = jax.jit(train_step, donate_argnums=0)
 
-    def stepped(state: TrainState, step: int, length: int, key: Array) -> tuple[TrainState, Any]:
-        history = []
-        for index in range(step, step + length):
-            state, measured = one_step(state, batches[index], key)
-            history.append(measured)
-        return state, history[0] if length == 1 else jax.tree.map(
-            lambda *values: jnp.mean(jnp.stack(values), 0), *history
-        )
+def _prefetched(batches: Batches, steps: range, mesh: Mesh | None, depth: int = 2) -> Generator[PyTree, None, None]:
+    """The batches of these steps on the device; `depth` of them are read and sent while the device works."""
 
-    return stepped
+    def load(step: int) -> PyTree:
+        return jax.device_put(batches[step]) if mesh is None else place_batch(batches[step], mesh)
+
+    pool = ThreadPoolExecutor(1)
+    try:
+        pending = deque(pool.submit(load, step) for step in steps[:depth])
+        for step in steps:
+            batch = pending.popleft().result()
+            if step + depth < steps.stop:
+                pending.append(pool.submit(load, step + depth))
+            yield batch
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _require_finite(step: int, metrics: Mapping[str, Any]) -> None:
@@ -176,9 +249,14 @@ def _require_finite(step: int, metrics: Mapping[str, Any]) -> None:
             raise NonFiniteLoss(f"{name} is {value} at step {step}; the newest checkpoint is from before")
 
 
-def _no_best(state: TrainState, models: tuple[int, ...]) -> Best:
+def _no_best(state: TrainState, models: tuple[int, ...], mesh: Mesh | None) -> Best:
     params = jax.tree.map(jnp.copy, state.params)  # the state's own buffers are donated to the first call
-    return Best(jnp.full(models, jnp.inf), jnp.zeros(models, jnp.int32), params)
+    score, step = np.full(models, np.inf, np.float32), np.zeros(models, np.int32)
+    if mesh is None:
+        return Best(jnp.asarray(score), jnp.asarray(step), params)
+    whole = NamedSharding(mesh, PartitionSpec())
+    score, step = place((score, step), (whole, whole))
+    return Best(score, step, params)
 
 
 @jax.jit

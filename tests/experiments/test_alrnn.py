@@ -9,13 +9,13 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from rich.console import Console
 
-from experiments.harness import check_claims
+from experiments.catalogue import UsageError
+from experiments.harness import Run, check_claims
 from experiments.sequence import alrnn as experiment
-from experiments.sequence._alrnn_study import Study, p_sweep
 from jaxpapers.data.download import ENVIRONMENT_VARIABLE, DataNotFound
-from jaxpapers.sequence.alrnn import init_params
-from jaxpapers.train import read_metrics
+from jaxpapers.train import Best, Fitted, make_mesh, read_metrics
 
 REPOSITORY = Path(__file__).parents[2]
 # The measured column of the card's table of claims, which a faithful run should resemble.
@@ -71,6 +71,8 @@ def test_claims_hold_on_the_cards_figures():
         ("fixed_points", {"rossler/minimal/fixed_points": [[], [], [[-0.04, 0.15, -0.23]]]}),
         ("chaos", {"lorenz63/minimal/exponent": [0.0101, -0.001, 0.0197]}),
         ("chaos", {"rossler/minimal/exponent": [0.0067, "nan", 0.0145]}),
+        ("chaos", {"lorenz63/P2/d_stsp": [0.97, 1.66, 5.0], "lorenz63/minimal/exponent": [0.0101, 0.0196, 0.03]}),
+        ("chaos", {"rossler/minimal/exponent": ["nan", "nan", "nan"]}),
         ("newton_exact", {"newton/tau/T256/iterations": [9, 11, 32]}),
         ("newton_exact", {"newton/tau/T1024/error": 2e-10}),
         ("newton_exact", {"newton/gtf/T1024/iterations": [5, 9, 5]}),
@@ -97,19 +99,19 @@ def test_presets_keep_the_papers_recipe_where_they_say_so():
 def test_programs_trace_with_their_abstract_arguments():
     config = experiment.get_config("smoke")
     config.systems = ("lorenz63", "ecg")
-    programs = experiment.programs(config)
+    programs = experiment.programs(config, make_mesh(data=8))
     kinds = ["exponents", "free_runs", "measures", "prediction_errors", "updates"]
     systems = [f"{system}/{kind}" for system in ("ecg", "lorenz63") for kind in kinds]
     assert sorted(programs) == systems + [f"lorenz63_slopes/{kind}" for kind in kinds[1:]]
     leaves = jax.tree.leaves([arguments for _, arguments in programs.values()])
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
     shapes = {name: jax.eval_shape(function, *arguments) for name, (function, arguments) in programs.items()}
-    assert shapes["lorenz63/free_runs"].shape == (3, 300, 20)
+    assert shapes["lorenz63/free_runs"].shape == (8, 300, 20)  # three models, padded to the devices
     assert shapes["lorenz63/exponents"].shape == (1,)
-    assert shapes["lorenz63_slopes/measures"]["d_stsp"].shape == (1,)
+    assert shapes["lorenz63_slopes/measures"]["d_stsp"].shape == (8,)
     state, metrics = shapes["ecg/updates"]
-    assert state.params.W.shape == (3, 25, 25)
-    assert metrics["loss"].shape == (3,)
+    assert state.params.W.shape == (8, 25, 25)
+    assert metrics["loss"].shape == (8,)
 
 
 @pytest.fixture(scope="module")
@@ -172,6 +174,9 @@ class Silent:
     def figure(self, name, figure):
         self.figures.append(name)
 
+    def file(self, name, content):
+        json.loads(content)
+
 
 def test_a_system_whose_file_is_missing_is_left_out_with_a_word(tmp_path, monkeypatch):
     def missing(name, config):
@@ -188,43 +193,56 @@ def test_a_system_whose_file_is_missing_is_left_out_with_a_word(tmp_path, monkey
     assert all(row["status"].startswith("not run: no ") for row in check_claims(experiment.CLAIMS, metrics))
 
 
-def fabricated(name, series, recipe, orbit):
-    """A study whose models are all initialisations with this orbit (time, M); a diverged one has no D_stsp."""
-    population = p_sweep(recipe, 1)
-    count = len(population.seed)
-    keys = jax.random.split(jax.random.key(0), count)
-    params = jax.vmap(lambda key: init_params(key, recipe.latent_dim, series.shape[1]))(keys)
-    score = 1.0 if np.isfinite(orbit).all() else np.nan
-    scores = {"d_stsp": np.full(count, score), "d_h": np.full(count, 0.5)}
-    orbits = np.broadcast_to(orbit, (count, *orbit.shape))
-    return Study(name, series, recipe, population, jax.device_get(params), orbits, scores)
+class NeverScores(Silent):
+    """A run in which no model ever reaches a finite D_stsp: the best parameters are those at the start."""
+
+    mesh = None
+
+    def fit(self, stage, state, *arguments, key, **options):
+        return Fitted(state, Best(np.full(key.shape, np.inf, np.float32), np.zeros(key.shape, int), state.params))
 
 
-@pytest.mark.parametrize(
-    ("system", "diverged", "figures"),
-    [("rossler", True, ["d_stsp_vs_p"]), ("ecg", False, ["d_stsp_vs_p", "transition_graphs", "spectra", "ecg"])],
-)
-def test_runs_with_diverged_models_or_without_simulated_systems_end_well(
-    system, diverged, figures, tmp_path, monkeypatch
-):
+def random_series(system, rows=300):
+    dim = {"ecg": 5, "fmri": 20, "eeg": 64}.get(system, 3)
+    return np.random.default_rng(0).normal(size=(rows, dim)).astype(np.float32)
+
+
+def test_nothing_of_a_failed_model_is_a_result(tmp_path, monkeypatch):
+    config = experiment.get_config("smoke")
+    config.systems = ("rossler",)
+    monkeypatch.setattr(experiment, "load_series", lambda name, config: random_series(name))
+    run = NeverScores(tmp_path)
+    metrics = experiment.run(config, run)
+    assert run.figures == ["d_stsp_vs_p"]
+    assert run.said[-1] == "rossler: every model with P = 1 diverged; there is nothing to draw"
+    for p in config.rossler.num_pwl:
+        assert np.isnan(metrics[f"rossler/P{p}/d_stsp"]).all()
+        assert np.isnan(metrics[f"rossler/P{p}/pe_20"]).all()
+        assert (metrics[f"rossler/P{p}/d_h"] == 1).all()
+    minimal = {name.removeprefix("rossler/minimal/"): value for name, value in metrics.items() if "minimal" in name}
+    assert minimal["regions"] == [0]
+    assert [len(points) for points in minimal["fixed_points"]] == [0]
+    assert np.isnan([minimal["exponent"][0], *minimal["word_entropy"], *minimal["graph_entropy"]]).all()
+    assert {row["status"].split(":")[0] for row in check_claims(experiment.CLAIMS, metrics)} <= {"fails", "not run"}
+
+
+@pytest.mark.parametrize("system", ["ecg", "fmri", "eeg"])
+def test_recorded_systems_run_through(system, tmp_path, monkeypatch):
     config = experiment.get_config("smoke")
     config.systems = (system,)
-    recipe = config[system]
-    series = np.random.default_rng(0).normal(size=(300, 5 if system == "ecg" else 3)).astype(np.float32)
-    orbit = np.random.default_rng(1).normal(size=(200, recipe.latent_dim)).astype(np.float32)
-    found = fabricated(system, series, recipe, orbit * (np.nan if diverged else 1.0))
-    monkeypatch.setattr(experiment, "load_series", lambda name, config: series)
-    monkeypatch.setattr(experiment, "study", lambda *arguments: found)
-    run = Silent(tmp_path)
+    config[system].num_pwl = (2,)
+    config[system].updates = 10
+    config.evaluate_every = 10
+    monkeypatch.setattr(experiment, "load_series", lambda name, config: random_series(name))
+    (tmp_path / "run").mkdir()
+    run = Run(tmp_path / "run", Console(quiet=True))
     metrics = experiment.run(config, run)
-    assert run.figures == figures
-    assert any("diverged" in text for text in run.said) == diverged
-    assert np.isnan(metrics[f"{system}/minimal/word_entropy"]).all() == diverged
-    with pytest.raises(ValueError, match=f"no model of {system} has P = 7"):
-        found.best(7)
+    assert np.isfinite(metrics[f"{system}/P2/d_stsp"]).all()
+    drawn = {"d_stsp_vs_p"} if system == "eeg" else {"d_stsp_vs_p", "transition_graphs", "spectra", system}
+    assert {path.stem for path in (run.workdir / "figures").iterdir()} == drawn
 
 
 def test_unknown_systems_are_named():
     config = experiment.get_config("smoke")
-    with pytest.raises(ValueError, match="unknown system 'lorentz'; known: lorenz63"):
+    with pytest.raises(UsageError, match="unknown system 'lorentz'; did you mean 'lorenz"):
         experiment.load_series("lorentz", config)

@@ -17,7 +17,7 @@ from experiments import catalogue, cli, launch
 from experiments.catalogue import UsageError
 from experiments.harness import PRESETS, Claim, Paper, check_claims
 from experiments.overrides import override
-from jaxpapers.train import OnDevice, create_state, make_train_step, read_metrics
+from jaxpapers.train import OnDevice, create_state, make_mesh, make_train_step, read_metrics
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -150,6 +150,17 @@ def test_an_unfinished_run_is_resumed_with_the_same_config_only(toy, capsys, mon
     ]
 
 
+def test_a_run_that_trained_nothing_yet_takes_another_config(toy, monkeypatch):
+    def fails(config, run):
+        raise ValueError("a mistyped value")
+
+    broken = types.SimpleNamespace(**{**vars(TOY), "run": fails})
+    monkeypatch.setattr(launch, "load", lambda slug: broken)
+    assert cli.main(["run", "toy", "--config.seed=1"]) == 2
+    monkeypatch.setattr(launch, "load", lambda slug: TOY)
+    assert cli.main(["run", "toy", "--config.seed=2"]) == 0
+
+
 def test_strict_makes_failing_claims_count(toy):
     assert cli.main(["run", "toy", "--strict"]) == 1
 
@@ -159,6 +170,20 @@ def test_record_keeps_small_runs_only(toy):
     assert cli.main(["run", "toy", "--record", "--config.seed=1"]) == 2
     assert cli.main(["run", "toy", "--record"]) == 0
     assert sorted(path.name for path in (toy / "recorded").iterdir()) == ["toy.json", "toy.png"]
+    stages = json.loads((toy / "recorded" / "toy.json").read_text())["curves"]
+    assert stages["toy"]["train/loss"] == [
+        [1, 2, 3, 4, 5, 6],
+        [pytest.approx(0.5 * 0.25**n, rel=1e-3) for n in range(6)],
+    ]
+    assert stages["toy"]["eval/w"][0] == [2, 4, 6]
+
+
+def test_record_refuses_a_run_with_parts_missing(toy, monkeypatch, capsys):
+    partial = types.SimpleNamespace(**{**vars(TOY), "run": lambda config, run: {"ecg/left_out": "no network"}})
+    monkeypatch.setattr(launch, "load", lambda slug: partial)
+    assert cli.main(["run", "toy", "--record"]) == 2
+    assert "not recorded, as parts of the run are missing: ecg/left_out" in capsys.readouterr().err
+    assert not (toy / "recorded").exists()
 
 
 @pytest.mark.parametrize(
@@ -257,9 +282,19 @@ def test_every_experiment_keeps_the_contract(slug):
     for preset in PRESETS:
         config = experiment.get_config(preset)
         json.dumps(config.to_dict())
-        assert experiment.programs(config), "plan needs at least one program"
+        assert experiment.programs(config, make_mesh(data=2, model=4)), "plan needs at least one program"
     assert experiment.__doc__
     assert experiment.COVER
+
+
+@pytest.mark.parametrize("slug", [path.stem for path in sorted(catalogue.RESULTS.glob("*.json"))])
+def test_the_record_is_of_todays_config_and_claims(slug):
+    record = catalogue.recorded(slug)
+    config = {"paper": slug, "preset": "small", **launch.configure(slug, "small").to_dict()}
+    assert record["config"] == json.loads(json.dumps(config)), f"run `python -m experiments run {slug} --record` again"
+    claims = [(claim.id, claim.statement) for claim in catalogue.load(slug).CLAIMS]
+    assert [(row["id"], row["statement"]) for row in record["claims"]] == claims
+    assert record["seconds"] < 15 * 60
 
 
 def test_the_readme_table_is_fresh():

@@ -310,3 +310,11 @@ def test_lyapunov_spectrum_of_the_henon_map():
 def test_bad_input_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call(orbit(0).astype(np.float32))
+
+
+@pytest.mark.parametrize("version", ["julia", "legacy", "python"])
+def test_a_constant_dimension_is_no_reason_for_nan(version):
+    x = np.random.default_rng(0).normal(size=(500, 3))
+    x[:, 1] = 2.0
+    # The tutorial's version drops the first bin of an axis, and here the data stand in the middle of theirs.
+    assert float(state_space_divergence_binned(x, x, 4, version=version)) == pytest.approx(0, abs=1e-6)
