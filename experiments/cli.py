@@ -14,6 +14,8 @@ from rich.table import Table
 
 from experiments.catalogue import UsageError, listing_table, markdown_table, nearest
 from experiments.launch import run_experiment
+from experiments.plan import plan_experiment, plan_json, print_plan
+from experiments.report import write_report
 from experiments.sweep import submit, sweep_points
 from jaxpapers.train import Terminated, initialize_distributed
 
@@ -108,7 +110,10 @@ def _config_file_command(argv: list[str]) -> int:
     return _run(arguments.config, arguments, rest)
 
 
-_PLAN_HELP = "Compiles every program of an experiment for a topology, and prints what it needs of each device."
+_PLAN_HELP = (
+    "Compiles every program of an experiment for a topology, and prints what it needs of each device. "
+    "Exit code 1 if one of them does not compile or does not fit."
+)
 _RUN_HELP = "Any field of the config can be set: --config.seed=1 --config.model.width=64. Lists are written 1,2,3."
 _OPTIONS = ("--workdir", "--overwrite", "--strict", "--record", "--sweep", "--slurm", "--config.FIELD=VALUE")
 
@@ -126,7 +131,7 @@ def _plan(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
         print(json.dumps(plan_json(plan), indent=1))
     else:
         print_plan(plan)
-    return 0
+    return int(any(program.error or program.fits is False for program in plan.programs))
 
 
 def _sweep(arguments: argparse.Namespace, rest: Sequence[str]) -> int:

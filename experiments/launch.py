@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 import numpy as np
@@ -52,8 +52,7 @@ def run_experiment(
       The workdir, and the contents of its results.json.
 
     Raises:
-      UsageError: something that was typed is wrong, or the workdir belongs to another run.
-      OSError: the workdir cannot be written; seen before anything is trained.
+      UsageError: something that was typed is wrong, or the workdir belongs to another run or cannot be written.
       Terminated: SIGTERM came; the same call resumes the run.
     """
     slug, preset = parse_target(target)
@@ -71,9 +70,9 @@ def run_experiment(
         console.print(f"{slug}:{preset} -> {workdir}", highlight=False, markup=False)
         use_figure_style()
         start = time.monotonic()
-        mesh = mesh_of(config) if jax.device_count() > 1 else None
+        mesh = mesh_of(config)
         with _quick_compilation(preset == "smoke"):
-            measured = experiment.run(config, Run(workdir, console, mesh))
+            measured = experiment.run(config, Run(workdir, console, mesh if mesh.size > 1 else None))
         metrics = {name: json_value(value) for name, value in measured.items()}
         results = {
             "paper": slug,
@@ -119,8 +118,8 @@ def mesh_of(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> 
     """
     try:
         return make_mesh(**config.mesh, devices=devices)
-    except ValueError as error:
-        raise UsageError(f"{error}; set config.mesh.data, .model or .seq") from None
+    except (ValueError, NotImplementedError) as error:  # jax cannot lay every mesh onto every torus
+        raise UsageError(f"{str(error).partition(chr(10))[0]}; set config.mesh.data, .model or .seq") from None
 
 
 def curves(workdir: Path) -> dict[str, dict[str, list[Any]]]:
@@ -130,8 +129,9 @@ def curves(workdir: Path) -> dict[str, dict[str, list[Any]]]:
     for stage in dict.fromkeys(line["stage"] for line in lines):
         for name in ("train/loss", *sorted({key for line in lines for key in line if key.startswith("eval/")})):
             points = [(line["step"], line[name]) for line in lines if line["stage"] == stage and name in line]
-            points = points[:: -(-len(points) // CURVE_POINTS) or 1]
             if points:
+                kept = np.unique(np.linspace(0, len(points) - 1, CURVE_POINTS).round().astype(int))
+                points = [points[index] for index in kept]
                 steps, values = zip(*points, strict=True)
                 stages.setdefault(stage, {})[name] = [list(steps), [_rounded(value) for value in values]]
     return stages
@@ -154,11 +154,11 @@ def _quick_compilation(wanted: bool) -> Iterator[None]:
         jax.config.update("jax_disable_most_optimizations", before)
 
 
-@contextmanager
-def _held(workdir: Path) -> Iterator[None]:
+def _held(workdir: Path) -> TextIO:
     """Keeps other processes out of the workdir; the system lets go of it when this process ends, however it ends."""
-    workdir.mkdir(parents=True, exist_ok=True)
-    with (workdir / LOCK).open("a+", encoding="utf8") as lock:
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        lock = (workdir / LOCK).open("a+", encoding="utf8")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -168,7 +168,9 @@ def _held(workdir: Path) -> Iterator[None]:
         started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         lock.write(f"process {os.getpid()} on {socket.gethostname()}, since {started}")
         lock.flush()
-        yield
+    except OSError as error:
+        raise UsageError(f"cannot write into {workdir}: {error.strerror}; choose another --workdir") from None
+    return lock
 
 
 def _agreed(check: Callable[[], None]) -> None:
@@ -194,12 +196,18 @@ def _enter(workdir: Path, settings: dict[str, Any], overwrite: bool) -> None:
     if overwrite and left:
         if not stored.exists():
             raise UsageError(f"{workdir} holds no run (it has no config.json): --overwrite will not empty it")
-        for path in left:
+        for path in sorted(left, key=lambda path: path == stored):  # last: half of this can then be done again
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     if (workdir / "results.json").exists():
         raise UsageError(f"{workdir} holds a finished run; choose another --workdir, or --overwrite it")
-    if stored.exists() and any((workdir / "checkpoints").glob("*/*")):
-        before = json.loads(stored.read_text(encoding="utf8"))
+    if any((workdir / "checkpoints").glob("*/*")):
+        try:
+            before = json.loads(stored.read_text(encoding="utf8"))
+        except (OSError, ValueError) as error:
+            raise UsageError(
+                f"{workdir} holds checkpoints, but its config.json cannot be read ({error}): nobody knows whose they "
+                "are; choose another --workdir"
+            ) from None
         changed = sorted(name for name in {*before, *settings} if before.get(name) != settings.get(name))
         if changed:
             raise UsageError(

@@ -150,8 +150,10 @@ def place(tree: PyTree, shardings: PyTree) -> PyTree:
     """The arrays, whole on every process, laid out as `shardings` say."""
 
     def put(leaf: Any, sharding: NamedSharding) -> jax.Array:
-        if sharding.is_fully_addressable or jax.dtypes.issubdtype(getattr(leaf, "dtype", int), jax.dtypes.prng_key):
+        if sharding.is_fully_addressable:
             return jax.device_put(leaf, sharding)
+        if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(put(jax.random.key_data(leaf), sharding), impl=jax.random.key_impl(leaf))
         host = np.asarray(leaf)
         return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
@@ -201,12 +203,16 @@ def place_batch(batch: PyTree, mesh: Mesh) -> PyTree:
     return jax.tree.map(put, batch)
 
 
-def initialize_distributed() -> bool:
+def initialize_distributed(heartbeat_timeout_seconds: int = 60) -> bool:
     """Joins the other processes of the run, where the environment says that there are any.
 
     Under `srun` with several tasks, on the hosts of a TPU slice, or with JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES
     and JAX_PROCESS_ID set, `jax.distributed.initialize()` finds the others; elsewhere nothing happens. To be called
     before any array is made.
+
+    Args:
+      heartbeat_timeout_seconds: when a process has been silent for so long, the others end, saying so (exit code 134).
+        Without it they would wait in the next exchange for ever.
 
     Returns:
       Whether there are other processes.
@@ -217,10 +223,10 @@ def initialize_distributed() -> bool:
     slurm = int(environment.get("SLURM_STEP_NUM_TASKS", "1"))
     if not by_hand and slurm < 2 and len(hosts) < 2:
         return False
-    if by_hand:
-        jax.distributed.initialize(by_hand, int(environment["JAX_NUM_PROCESSES"]), int(environment["JAX_PROCESS_ID"]))
-    else:
-        jax.distributed.initialize()
+    address = (
+        (by_hand, *(int(environment[f"JAX_{name}"]) for name in ("NUM_PROCESSES", "PROCESS_ID"))) if by_hand else ()
+    )
+    jax.distributed.initialize(*address, heartbeat_timeout_seconds=heartbeat_timeout_seconds)
     return True
 
 

@@ -1,0 +1,165 @@
+"""Several devices give the numbers of one: placement by rules, fsdp, checkpoints between meshes."""
+
+import tempfile
+from contextlib import closing
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxpapers.train import (
+    Checkpoints,
+    MetricsWriter,
+    OnDevice,
+    create_state,
+    fit,
+    fsdp,
+    make_mesh,
+    make_train_step,
+    param_specs,
+    place,
+    place_batch,
+    read_metrics,
+    state_shardings,
+    to_host,
+)
+from tests.train.tiny import BATCH, Tokens, init_params, make_loss
+
+KEY = jax.random.key(0)
+TENSOR_RULES = (
+    ("(query|key|value)/kernel", P(None, "model", None)),
+    ("(query|key|value)/bias", P("model", None)),
+    ("out/kernel", P("model", None, None)),
+    ("up/kernel", P(None, "model")),
+    ("up/bias", P("model")),
+    ("down/kernel", P("model", None)),
+)
+OPTIMIZER = optax.adam(1e-2)
+STEPS = 8
+# Sums over a batch, a row or a kernel are taken in another order on several devices: float32 rounding (6e-8) that grows
+# over eight Adam updates, whose first ones divide by the square root of tiny second moments.
+CLOSE = {"rtol": 2e-5, "atol": 2e-5}
+
+
+def train(mesh=None, rules=(), batches=None, **options):
+    state = create_state(init_params(), OPTIMIZER)
+    step = make_train_step(make_loss(), OPTIMIZER)
+    batches = Tokens() if batches is None else batches
+    with tempfile.TemporaryDirectory() as folder, closing(MetricsWriter(Path(folder), "train")) as metrics:
+        options = {"log_every": 1, "metrics": metrics} | options
+        fitted = fit(state, step, batches, STEPS, key=KEY, mesh=mesh, rules=rules, **options)
+        return fitted.state, np.array([line["train/loss"] for line in read_metrics(folder)])
+
+
+@pytest.fixture(scope="module")
+def single():
+    return train()
+
+
+@pytest.mark.parametrize(
+    ("data", "model", "rules", "split"),
+    [(8, 1, (), False), (4, 2, TENSOR_RULES, False), (8, 1, (), True), (4, 2, TENSOR_RULES, True)],
+    ids=["data", "data x model", "fsdp", "fsdp x model"],
+)
+def test_eight_devices_give_the_losses_of_one(single, data, model, rules, split):
+    mesh = make_mesh(data=data, model=model)
+    if split:
+        rules = fsdp(init_params(), mesh, rules, min_size=64)
+    state, losses = train(mesh, rules)
+    np.testing.assert_allclose(losses, single[1], **CLOSE)
+    expected = dict(jax.tree.leaves_with_path(single[0].params))
+    for path, mine in jax.tree.leaves_with_path(state.params):
+        # Softmax does not see the keys' bias: its gradient is rounding alone, which Adam blows up to full steps.
+        if "['key']['bias']" not in jax.tree_util.keystr(path):
+            np.testing.assert_allclose(mine, expected[path], **CLOSE)
+    kernel = state.params["blocks"]["layers_0"]["up"]["kernel"]
+    moment = state.opt_state[0].mu["blocks"]["layers_0"]["up"]["kernel"]
+    assert kernel.sharding == moment.sharding
+    devices = (data if split else 1) * (model if rules and model > 1 else 1)
+    assert kernel.addressable_shards[0].data.size * devices == kernel.size
+
+
+def test_batches_made_on_the_mesh_are_those_of_one_device():
+    def batch_at(step):
+        return jax.random.randint(jax.random.fold_in(KEY, step), (BATCH, 16), 0, 32)
+
+    _, losses = train(batches=OnDevice(batch_at), steps_per_call=4, log_every=4)
+    _, split = train(make_mesh(), batches=OnDevice(batch_at), steps_per_call=4, log_every=4)
+    np.testing.assert_allclose(split, losses, **CLOSE)
+
+
+@pytest.mark.parametrize(("before", "after"), [(8, 1), (8, 2), (1, 8)])
+def test_a_checkpoint_restores_onto_another_number_of_devices(tmp_path, before, after):
+    """Half the training on some devices, the other half on others: as if it had never stopped, up to rounding."""
+
+    def mesh(devices):
+        return make_mesh(devices=jax.devices()[:devices])
+
+    def half(devices, steps):
+        state = create_state(init_params(), OPTIMIZER)
+        rules = fsdp(state.params, mesh(devices), min_size=64)
+        with closing(Checkpoints(tmp_path)) as checkpoints:
+            step = make_train_step(make_loss(), OPTIMIZER)
+            options = {"key": KEY, "mesh": mesh(devices), "rules": rules}
+            return fit(state, step, Tokens(), steps, checkpoints=checkpoints, **options).state
+
+    saved = half(before, 4)
+    state = half(after, 4)  # nothing is left to do: what comes back is what lies in the checkpoint
+    jax.tree.map(np.testing.assert_array_equal, to_host(state), to_host(saved))
+    shards = state.params["blocks"]["layers_0"]["up"]["kernel"].sharding.device_set
+    assert len(shards) == after
+    assert int(half(after, STEPS).step) == STEPS
+
+
+def test_rules_place_parameters_and_what_the_optimizer_keeps_of_them():
+    mesh = make_mesh(data=4, model=2)
+    params = {"a": {"kernel": jnp.ones((8, 6)), "bias": jnp.ones(6)}, "b": {"kernel": jnp.ones((6, 8))}}
+    rules = (("a/kernel", P(None, "model")), ("b/", P("model")))
+    state = create_state(params, optax.adam(1e-3), extra={"ema": params, "count": jnp.zeros(3)})
+    shardings = state_shardings(state, mesh, rules)
+    specs = {"a": {"kernel": P(None, "model"), "bias": P()}, "b": {"kernel": P("model")}}
+    assert jax.tree.map(lambda s: s.spec, shardings.params) == specs
+    assert jax.tree.map(lambda s: s.spec, shardings.opt_state[0].nu) == specs
+    assert jax.tree.map(lambda s: s.spec, shardings.extra) == {"ema": specs, "count": P()}
+    placed = place(state, shardings)
+    assert placed.params["a"]["kernel"].addressable_shards[0].data.shape == (8, 3)
+    whole = dict(fsdp(params, mesh, rules, min_size=48))
+    assert whole == {"^a/bias$": P(None), "^a/kernel$": P("data", "model"), "^b/kernel$": P("model", "data")}
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ((("c/kernel", P("model")),), r"rules that match no parameter: \['c/kernel'\]; the parameters are a/bias"),
+        ((("a/", P("model")), ("kernel", P(None, "model"))), "rules fight over a/kernel: 'a/': .*'kernel':"),
+        ((("a/bias", P(None, "model")),), r"a/bias of shape \(6,\) has fewer axes than its placement"),
+        ((("a/kernel", P("expert")),), r"a/kernel: the mesh has the axes \('data', 'model', 'seq'\), not 'expert'"),
+        ((("a/bias", P("data")),), r"a/bias of shape \(6,\) does not divide into"),
+    ],
+)
+def test_rules_that_make_no_sense_are_refused(rules, message):
+    params = {"a": {"kernel": jnp.ones((8, 6)), "bias": jnp.ones(6)}}
+    with pytest.raises(ValueError, match=message):
+        param_specs(params, make_mesh(data=4, model=2), rules)
+
+
+def test_meshes_and_batches_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="a mesh of data=3 x model=1 x seq=1 does not fit 8 devices"):
+        make_mesh(data=3)
+    with pytest.raises(ValueError, match="a mesh of data=0 x model=0 x seq=1 does not fit 8 devices"):
+        make_mesh(model=0)
+    with pytest.raises(ValueError, match=r"a batch of shape \(6, 2\) does not divide over 8 devices along 'data'"):
+        place_batch({"x": np.ones((6, 2))}, make_mesh())
+    assert dict(make_mesh(model=2, seq=2).shape) == {"data": 2, "model": 2, "seq": 2}
+
+
+def test_a_batch_is_split_over_data_alone():
+    mesh = make_mesh(data=4, model=2)
+    batch = place_batch({"x": np.arange(16).reshape(8, 2)}, mesh)["x"]
+    assert batch.sharding == NamedSharding(mesh, P("data"))
+    np.testing.assert_array_equal(batch, np.arange(16).reshape(8, 2))

@@ -1,0 +1,104 @@
+"""Two processes train together: the numbers of one, one checkpoint, and a clear end where a partner dies."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from jaxpapers.train import read_metrics
+
+REPOSITORY = Path(__file__).parents[2]
+CACHE = {
+    "JAX_COMPILATION_CACHE_DIR": str(REPOSITORY / ".cache" / "jax"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+}
+STEPS = 12
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return listener.getsockname()[1]
+
+
+def start(workdir, *arguments, **environment):
+    workdir.mkdir(exist_ok=True)
+    command = [sys.executable, "tests/train/pair.py", str(workdir), str(STEPS), *map(str, arguments)]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu", **CACHE, **environment}
+    return subprocess.Popen(
+        command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def start_pair(workdir, *arguments):
+    address = f"localhost:{free_port()}"
+    who = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "XLA_FLAGS": ""}
+    return [start(workdir, *arguments, JAX_PROCESS_ID=str(index), **who) for index in range(2)]
+
+
+def finish(processes, timeout=120):
+    outputs = [process.communicate(timeout=timeout)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0] * len(processes), outputs
+    return outputs
+
+
+def wait_for_step(workdir, step):
+    deadline = time.monotonic() + 120
+    while not any(line["step"] >= step for line in read_metrics(workdir)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """One process with two devices: the lines of metrics.jsonl that two processes must write, too."""
+    workdir = tmp_path_factory.mktemp("alone")
+    output = finish([start(workdir, XLA_FLAGS="--xla_force_host_platform_device_count=2")])
+    assert f"step {STEPS} on 2 devices of 1 processes" in output[0]
+    return workdir
+
+
+def assert_same_run(workdir, alone):
+    # The same program on the same two devices: the sums over processes are of two terms, whose order does not matter.
+    assert read_metrics(workdir) == read_metrics(alone)
+    folder = workdir / "checkpoints"
+    assert sorted(path.name for path in folder.iterdir() if path.name.isdecimal()) == [str(STEPS - 2), str(STEPS)]
+
+
+pytestmark = pytest.mark.xdist_group("processes")  # two processes and their test fill the two cores of CI
+
+
+def test_two_processes_give_the_run_of_one(alone, tmp_path):
+    outputs = finish(start_pair(tmp_path))
+    assert all(f"step {STEPS} on 2 devices of 2 processes" in output for output in outputs)
+    assert_same_run(tmp_path, alone)
+    output = finish([start(tmp_path, XLA_FLAGS="--xla_force_host_platform_device_count=4")])
+    assert f"step {STEPS} on 4 devices of 1 processes" in output[0]  # their common checkpoint restores elsewhere
+
+
+@pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.slow)], ids=["worker", "leader"])
+def test_where_one_is_killed_the_other_ends_and_both_resume(alone, tmp_path, victim):
+    processes = start_pair(tmp_path, 0.2)
+    wait_for_step(tmp_path, 5)
+    processes[victim].kill()
+    output = processes[1 - victim].communicate(timeout=60)[0]  # silent for 10 seconds: see pair.py
+    assert processes[1 - victim].returncode not in (0, None)
+    assert "another task died" in output or "heartbeat timeout" in output or "Connection closed by peer" in output
+    processes[victim].communicate()
+    finish(start_pair(tmp_path))
+    assert_same_run(tmp_path, alone)
+
+
+def test_sigterm_to_one_stops_both_at_one_step(alone, tmp_path):
+    processes = start_pair(tmp_path, 0.2)
+    wait_for_step(tmp_path, 3)
+    processes[1].send_signal(signal.SIGTERM)
+    finish(processes, timeout=60)
+    assert max(line["step"] for line in read_metrics(tmp_path)) < STEPS
+    finish(start_pair(tmp_path))
+    assert_same_run(tmp_path, alone)
