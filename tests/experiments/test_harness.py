@@ -6,91 +6,16 @@ import sys
 import types
 from pathlib import Path
 
-import jax
-import matplotlib.pyplot as plt
-import numpy as np
-import optax
 import pytest
-from ml_collections import ConfigDict
 
 from experiments import catalogue, cli, launch
 from experiments.catalogue import UsageError
 from experiments.harness import PRESETS, Claim, Paper, check_claims
 from experiments.overrides import override
-from jaxpapers.train import OnDevice, create_state, make_mesh, make_train_step, read_metrics
+from jaxpapers.train import make_mesh, read_metrics
+from tests.experiments.toy import CRASH, TOY, toy_config
 
 REPOSITORY = Path(__file__).parents[2]
-
-
-def toy_config(preset="small"):
-    return ConfigDict(
-        {
-            "seed": 0,
-            "rate": 0.5,
-            "name": "sgd",
-            "fast": True,
-            "sizes": (1, 2),
-            "model": {"width": 4},
-            "crash": False,
-        }
-    )
-
-
-def toy_run(config, run):
-    """Walks w from 1 to 0; the last evaluation crashes where the config says so."""
-
-    def loss(params, extra, batch, key):
-        return params["w"] ** 2 / 2, (extra, {})
-
-    def evaluate(state):
-        if config.crash and CRASH["on"] and int(state.step) == 6:
-            raise KeyboardInterrupt
-        return {"w": state.params["w"]}
-
-    optimizer = optax.sgd(config.rate)
-    fitted = run.fit(
-        "toy",
-        create_state({"w": jax.numpy.ones(())}, optimizer),
-        make_train_step(loss, optimizer),
-        OnDevice(lambda step: None),
-        6,
-        key=jax.random.key(config.seed),
-        log_every=1,
-        evaluate=evaluate,
-        evaluate_every=2,
-    )
-    figure, axes = plt.subplots()
-    axes.plot([0, 1])
-    run.figure("line", figure)
-    plt.close(figure)
-    return {
-        "w": np.float32(fitted.state.params["w"]),
-        "lost": float("nan"),
-        "list": np.arange(3),
-        "word": "yes",
-    }
-
-
-CRASH = {"on": True}
-TOY = types.SimpleNamespace(
-    PAPER=Paper("Toy", "A. Nobody", 2026, ""),
-    COVER="line",
-    get_config=toy_config,
-    run=toy_run,
-    CLAIMS=(
-        Claim("small", "Eq. 1", "w is small", "0", lambda m: f"{m['w']:.3f}", lambda m: m["w"] < 0.1),
-        Claim("large", "Eq. 2", "w is large", "9", lambda m: f"{m['w']:.3f}", lambda m: m["w"] > 9),
-        Claim("other", "Eq. 3", "v is small", "0", lambda m: f"{m['v']:.3f}", lambda m: m["v"] < 9),
-    ),
-)
-
-
-@pytest.fixture
-def toy(monkeypatch, tmp_path):
-    monkeypatch.setattr(launch, "load", lambda slug: TOY)
-    monkeypatch.setattr(launch, "RESULTS", tmp_path / "recorded")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def test_claims_hold_fail_or_are_not_run():
@@ -256,7 +181,7 @@ def test_overrides_take_the_type_of_the_preset(assignment, expected):
         ("model=3", "config.model is a group; set one of its fields: width"),
         ("seed.width=3", "config.seed is a value, it has no fields"),
         ("seed=1.5", "config.seed takes a whole number such as 0, not '1.5'"),
-        ("rate=fast", "config.rate takes a number such as 0.5, not 'fast'"),
+        ("rate=fast", "config.rate takes a finite number such as 0.5, not 'fast'"),
         ("fast=3", "config.fast takes true or false such as True, not '3'"),
         ("sizes=a,b", r"config.sizes takes a list such as (1, 2), not 'a,b'"),
     ],
