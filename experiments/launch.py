@@ -22,7 +22,9 @@ from rich.console import Console
 
 from experiments.catalogue import RESULTS, UsageError, load, parse_target
 from experiments.harness import Run, check_claims, use_figure_style
+from experiments.ledger import collect
 from experiments.overrides import override
+from experiments.report import markdown
 from jaxpapers.train import json_value, make_mesh, read_metrics, sigterm_raises, write_whole
 
 LOCK = ".lock"
@@ -94,6 +96,7 @@ def run_experiment(
             raise UsageError(f"not recorded, as parts of the run are missing: {', '.join(left_out)}")
         write_whole(RESULTS / f"{slug}.json", (workdir / "results.json").read_bytes())
         write_whole(RESULTS / f"{slug}.png", (workdir / "figures" / f"{experiment.COVER}.png").read_bytes())
+        write_whole(RESULTS / "README.md", markdown(collect(RESULTS), RESULTS))
     return workdir, results
 
 

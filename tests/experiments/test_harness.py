@@ -11,7 +11,9 @@ import pytest
 from experiments import catalogue, cli, launch
 from experiments.catalogue import UsageError
 from experiments.harness import PRESETS, Claim, Paper, check_claims
+from experiments.ledger import collect
 from experiments.overrides import override
+from experiments.report import markdown
 from jaxpapers.train import make_mesh, read_metrics
 from tests.experiments.toy import CRASH, TOY, toy_config
 
@@ -94,7 +96,7 @@ def test_record_keeps_small_runs_only(toy):
     assert cli.main(["run", "toy:smoke", "--record"]) == 2
     assert cli.main(["run", "toy", "--record", "--config.seed=1"]) == 2
     assert cli.main(["run", "toy", "--record"]) == 0
-    assert sorted(path.name for path in (toy / "recorded").iterdir()) == ["toy.json", "toy.png"]
+    assert sorted(path.name for path in (toy / "recorded").iterdir()) == ["README.md", "toy.json", "toy.png"]
     stages = json.loads((toy / "recorded" / "toy.json").read_text())["curves"]
     assert stages["toy"]["train/loss"] == [
         [1, 2, 3, 4, 5, 6],
@@ -220,6 +222,13 @@ def test_the_record_is_of_todays_config_and_claims(slug):
     claims = [(claim.id, claim.statement) for claim in catalogue.load(slug).CLAIMS]
     assert [(row["id"], row["statement"]) for row in record["claims"]] == claims
     assert record["seconds"] < 15 * 60
+
+
+def test_the_gallery_is_fresh():
+    gallery = (catalogue.RESULTS / "README.md").read_text(encoding="utf8")
+    assert gallery == markdown(collect(catalogue.RESULTS), catalogue.RESULTS)
+    for slug in catalogue.implemented():
+        assert f"]({slug}.png)" in gallery
 
 
 def test_the_readme_table_is_fresh():
