@@ -42,8 +42,9 @@ METHODS = ("auto", "sequential", "parallel", "chunked")
 VECTOR_AXES = {"diagonal": 1, "block": 2, "dense": 1}
 MATRIX_AXES = {"diagonal": 1, "block": 3, "dense": 2}
 
-# Steps inside a chunk. Up to UNROLLED of them become straight-line code: time indices are then constants and each
-# step is one vectorised pass over all chunks, whereas a loop's step reads its index per element on XLA:CPU.
+# Steps inside a chunk, except for matrices on CPU (see _chunk_size_on_cpu). Up to UNROLLED of them become straight-line
+# code, each step one vectorised pass over all chunks: for diagonals, whose steps are one multiplication, that is the
+# faster form on XLA:CPU, and on accelerators many short chunks leave few dependent steps.
 DEFAULT_CHUNK = 8
 UNROLLED = 8
 
@@ -133,11 +134,13 @@ def affine_scan(
         chunked      steps one after the other inside chunks of `chunk_size`, all chunks at once; their summaries
                      form a recurrence chunk_size times shorter, solved in the same way; then every chunk is run
                      again from its right initial state. About L products of matrices, memory L m / chunk_size
-                     beside the states, and chunk_size * log(L) / log(chunk_size) steps twice over;
+                     beside the states (and, with chunks of at most 8 steps, a copy of them), and
+                     chunk_size * log(L) / log(chunk_size) steps twice over;
         auto         sequential on CPU; elsewhere sequential up to 16 steps, else chunked. On CPU the benchmark
-                     (`python -m benchmarks scan`) finds no length, batch, width or structure where another method
-                     is faster; the rule for accelerators follows from the number of dependent steps and has not
-                     been measured. The choice is made for the platform that the program is compiled for.
+                     (`python -m benchmarks scan`, with and without `--grad`) finds no length, batch, width or
+                     structure where another method is faster; the rule for accelerators follows from the number
+                     of dependent steps and has not been measured. The choice is made for the platform that the
+                     program is compiled for.
 
     Products of many A with |A| > 1 overflow before the states need to; the sequential method forms no products.
 
@@ -150,8 +153,10 @@ def affine_scan(
         axis: the time axis among the leading axes of b, not negative.
         reverse: run backwards in time.
         method: "auto", "sequential", "parallel" or "chunked".
-        chunk_size: steps inside a chunk of the chunked method, at least 2. None: 8. Sizes above 8 become loops and
-            compile to a smaller program.
+        chunk_size: steps inside a chunk of the chunked method, at least 2. None: 8, but for small blocks and dense
+            matrices on CPU long chunks, from 4 of them upwards, whose number divides the length (where none does,
+            8). Sizes above 8 become loops and compile to a smaller program; on CPU these are fast where the size
+            divides the length.
         return_products: also return P_t = A_t ... A_1 (with `reverse`, P_t = A_t ... A_L).
 
     Returns:
@@ -350,22 +355,30 @@ def _solve(
     method: Method,
     chunk_size: int | None,
 ) -> Element:
-    chunked = functools.partial(_chunked, chunk_size=chunk_size or DEFAULT_CHUNK)
-    if method == "sequential":
-        return _sequential(rec, A, b, carry)
+    sequential = functools.partial(_sequential, rec)
+    chunked = functools.partial(_chunked, rec, chunk_size=chunk_size or DEFAULT_CHUNK)
     if method == "parallel":
         return _parallel(rec, A, b, carry)
-    if method == "chunked":
-        return chunked(rec, A, b, carry)
-    if b.shape[rec.axis] <= ACCELERATOR_SEQUENTIAL_STEPS:
-        return _sequential(rec, A, b, carry)
-    return lax.platform_dependent(
-        A,
-        b,
-        carry,
-        cpu=functools.partial(_sequential, rec),
-        default=functools.partial(chunked, rec),
-    )
+    if method == "sequential" or (method == "auto" and b.shape[rec.axis] <= ACCELERATOR_SEQUENTIAL_STEPS):
+        return sequential(A, b, carry)
+    if method == "auto":
+        return lax.platform_dependent(A, b, carry, cpu=sequential, default=chunked)
+    if chunk_size is not None or rec.structure == "diagonal":
+        return chunked(A, b, carry)
+    on_cpu = functools.partial(_chunked, rec, chunk_size=_chunk_size_on_cpu(rec, A, b))
+    return lax.platform_dependent(A, b, carry, cpu=on_cpu, default=chunked)
+
+
+def _chunk_size_on_cpu(rec: _Recurrence, A: jax.Array, b: jax.Array) -> int:
+    """Few and long chunks where a step is small: as many as keep their products within FUSED_PRODUCTS, at least 4.
+
+    Their number divides the length. Where no number up to twice that does, the chunks are short: see `_chunk_reader`.
+    """
+    steps = b.shape[rec.axis]
+    products = A.size // A.shape[rec.axis] * b.shape[-2 if rec.structure == "block" else -1]
+    least = FUSED_PRODUCTS // max(products, 1)
+    sizes = (steps // count for count in range(least, 2 * least) if steps % count == 0)
+    return max(DEFAULT_CHUNK, next(sizes, DEFAULT_CHUNK)) if least >= 4 else DEFAULT_CHUNK
 
 
 # Unmeasured: a launch of a kernel costs a few microseconds on an accelerator, and below this length the chunked
@@ -516,18 +529,29 @@ def _chunk_reader(
     axis = rec.axis
     first = b.shape[axis] - chunks * chunk_size if rec.reverse else 0
 
-    def at(position: Any) -> Element:
-        step = chunk_size - 1 - position if rec.reverse else position
-        return read(A, step), read(b, step)
+    def in_chunks(x: jax.Array) -> jax.Array:
+        if x.shape[axis] == 1:
+            return jnp.expand_dims(x, axis)
+        x = lax.slice_in_dim(x, first, first + chunks * chunk_size, axis=axis)
+        return x.reshape((*x.shape[:axis], chunks, chunk_size, *x.shape[axis + 1 :]))
 
-    def read(x: jax.Array, step: Any) -> jax.Array:
+    def strided(x: jax.Array, step: int) -> jax.Array:
         if x.shape[axis] == 1:
             return x
-        if isinstance(step, int):
-            last = first + (chunks - 1) * chunk_size + step
-            return lax.slice_in_dim(x, first + step, last + 1, chunk_size, axis)
-        x = lax.slice_in_dim(x, first, first + chunks * chunk_size, axis=axis)
-        return _at(x.reshape((*x.shape[:axis], chunks, chunk_size, *x.shape[axis + 1 :])), step, axis + 1)
+        last = first + (chunks - 1) * chunk_size + step
+        return lax.slice_in_dim(x, first + step, last + 1, chunk_size, axis)
+
+    # Inside a loop's body XLA:CPU computes the index of every number that such a view reads; outside it, a view of
+    # fewer steps than there are is a copy.
+    whole = chunk_size > UNROLLED and chunks * chunk_size == b.shape[axis]
+    views = (in_chunks(A), in_chunks(b)) if whole else None
+
+    def at(position: Any) -> Element:
+        step = chunk_size - 1 - position if rec.reverse else position
+        if views is None and isinstance(step, int):
+            return strided(A, step), strided(b, step)
+        a, inputs = views or (in_chunks(A), in_chunks(b))
+        return _at(a, step, axis + 1), _at(inputs, step, axis + 1)
 
     return at
 

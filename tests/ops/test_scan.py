@@ -1,6 +1,7 @@
 """Affine recurrences: every structure and method against a NumPy loop in float64, derivatives against the oracle's."""
 
 import itertools
+import re
 from functools import partial
 
 import jax
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxpapers.ops.scan import affine_scan, affine_scan_sharded, combine
 
@@ -18,6 +19,7 @@ METHODS = ("sequential", "parallel", "chunked", "auto")
 STATE = {"diagonal": (6,), "block": (2, 3), "dense": (4,)}
 MATRIX = {"diagonal": (6,), "block": (2, 2, 3), "dense": (4, 4)}
 PRODUCT = {"diagonal": "...d,...d->...d", "block": "...oin,...in->...on", "dense": "...oi,...i->...o"}
+CHUNK_SIZES = {"sequential": None, "parallel": None, "auto": None, "chunked": 3}  # several chunks of few steps
 COMPOSE = {"diagonal": "...d,...d->...d", "block": "...oin,...ijn->...ojn", "dense": "...oi,...ij->...oj"}
 
 
@@ -44,21 +46,23 @@ def loop(A, b, h, structure, reverse=False):
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
-@pytest.mark.parametrize("length", [0, 1, 21])
+@pytest.mark.parametrize("length", [0, 1, 20])
 @pytest.mark.parametrize("reverse", [False, True])
 def test_every_method_is_the_loop(structure, length, reverse):
     A, b, h0 = problem(structure, length, (2,))
     expected, products = loop(A, b, h0, structure, reverse)
     with jax.enable_x64(True):
-        for method in METHODS:
-            options = {"structure": structure, "reverse": reverse, "method": method, "return_products": True}
+        # Chunks of 8 steps, the default, leave 4 over; chunks of 10 are loops.
+        for method, size in (*((method, None) for method in METHODS), ("chunked", 10))[: None if length > 1 else -1]:
+            options = {"structure": structure, "reverse": reverse, "return_products": True}
+            options |= {"method": method, "chunk_size": size}
             states, cumulated = jax.jit(partial(affine_scan, **options))(A, b, h0)
             np.testing.assert_allclose(states, expected, rtol=1e-10, atol=1e-12)  # float64: order of sums only
             np.testing.assert_allclose(cumulated, products, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
-def test_methods_agree_on_a_long_prime_length_in_float32(structure):
+def test_methods_agree_on_a_long_odd_length_in_float32(structure):
     A, b, h0 = problem(structure, 4097)
     expected, _ = loop(A, b, h0, structure)
     arrays = [np.float32(x) for x in (A, b, h0)]
@@ -66,12 +70,32 @@ def test_methods_agree_on_a_long_prime_length_in_float32(structure):
         states = jax.jit(partial(affine_scan, structure=structure, method=method))(*arrays)
         assert states.dtype == jnp.float32
         np.testing.assert_allclose(states, expected, atol=1e-4)  # float32 states of size about 2
+    # A length that long chunks divide: another route of the chunked method on CPU.
+    A, b, h0 = arrays
+    states = jax.jit(partial(affine_scan, structure=structure, method="chunked"))(A[:-1], b[:-1], h0)
+    np.testing.assert_allclose(states, expected[:-1], atol=1e-4)
+
+
+@given(
+    structure=st.sampled_from(STRUCTURES),
+    method=st.sampled_from(METHODS),
+    shape=st.sampled_from([(2, ()), (3, (2,)), (17, (1,)), (31, (2, 3))]),  # primes
+    reverse=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=12)
+def test_random_shapes_and_values_are_the_loop(structure, method, shape, reverse, seed):
+    A, b, h0 = problem(structure, *shape, seed=seed)
+    expected, _ = loop(A, b, h0, structure, reverse)
+    with jax.enable_x64(True):
+        states = jax.jit(partial(affine_scan, structure=structure, method=method, reverse=reverse))(A, b, h0)
+    np.testing.assert_allclose(states, expected, rtol=1e-10, atol=1e-12)
 
 
 @given(
     structure=st.sampled_from(STRUCTURES),
     length=st.sampled_from([13, 40]),
-    chunk_size=st.sampled_from([2, 3, 8, 16]),
+    chunk_size=st.sampled_from([2, 3, 8, 10, 16]),
     reverse=st.booleans(),
     with_h0=st.booleans(),
     seed=st.integers(0, 1000),
@@ -81,15 +105,8 @@ def test_chunks_of_any_size_are_the_loop(structure, length, chunk_size, reverse,
     A, b, h0 = problem(structure, length, seed=seed)
     expected, _ = loop(A, b, h0 if with_h0 else 0 * h0, structure, reverse)
     with jax.enable_x64(True):
-        states = affine_scan(
-            A,
-            b,
-            h0 if with_h0 else None,
-            structure=structure,
-            reverse=reverse,
-            method="chunked",
-            chunk_size=chunk_size,
-        )
+        options = {"structure": structure, "reverse": reverse, "method": "chunked", "chunk_size": chunk_size}
+        states = jax.jit(partial(affine_scan, **options))(A, b, h0 if with_h0 else None)
     np.testing.assert_allclose(states, expected, rtol=1e-10, atol=1e-12)
 
 
@@ -118,12 +135,16 @@ def test_batch_major_layout_and_broadcasting(structure):
     constant_expected, _ = loop(np.broadcast_to(A[:1], A.shape), b, h0, structure)
     with jax.enable_x64(True):
         for method in METHODS:
-            options = {"structure": structure, "method": method}
-            batch_major = affine_scan(np.moveaxis(A, 0, 1), np.moveaxis(b, 0, 1), h0, axis=1, **options)
-            np.testing.assert_allclose(np.moveaxis(batch_major, 1, 0), expected, rtol=1e-10, atol=1e-12)
-            shared = affine_scan(A[:, 0], b, h0, **options)
+            options = {"structure": structure, "method": method, "chunk_size": CHUNK_SIZES[method]}
+
+            def three_layouts(A, b, h0, options=options):
+                batch_major = affine_scan(jnp.moveaxis(A, 0, 1), jnp.moveaxis(b, 0, 1), h0, axis=1, **options)
+                shared = affine_scan(A[:, 0], b, h0, **options)
+                return jnp.moveaxis(batch_major, 1, 0), shared, affine_scan(A[:1], b, h0, **options)
+
+            batch_major, shared, constant = jax.jit(three_layouts)(A, b, h0)
+            np.testing.assert_allclose(batch_major, expected, rtol=1e-10, atol=1e-12)
             np.testing.assert_allclose(shared, shared_expected, rtol=1e-10, atol=1e-12)
-            constant = affine_scan(A[:1], b, h0, **options)
             np.testing.assert_allclose(constant, constant_expected, rtol=1e-10, atol=1e-12)
 
 
@@ -144,15 +165,18 @@ def scalar(solver, weights):
 
 @pytest.mark.parametrize(("structure", "reverse"), list(itertools.product(STRUCTURES, [False, True])))
 def test_gradients_are_those_of_the_oracle(structure, reverse):
-    A, b, h0 = problem(structure, 19, (2,))
+    A, b, h0 = problem(structure, 20, (2,))
     weights = np.random.default_rng(1).normal(size=b.shape)
     with jax.enable_x64(True):
         arrays = [jnp.asarray(x) for x in (A, b, h0)]
         expected = jax.grad(scalar(lambda *x: oracle(*x, structure, reverse), weights), (0, 1, 2))(*arrays)
-        for method in ("sequential", "chunked") if reverse else ("parallel",):
+        # Chunks of 8 steps leave 4 over, chunks of 10 are loops.
+        for method, size in (
+            (("sequential", None), ("chunked", 8)) if reverse else (("parallel", None), ("chunked", 10))
+        ):
 
-            def solver(A, b, h0, method=method):
-                return affine_scan(A, b, h0, structure=structure, reverse=reverse, method=method)
+            def solver(A, b, h0, method=method, size=size):
+                return affine_scan(A, b, h0, structure=structure, reverse=reverse, method=method, chunk_size=size)
 
             got = jax.jit(jax.grad(scalar(solver, weights), (0, 1, 2)))(*arrays)
             for one, other in zip(got, expected, strict=True):
@@ -191,7 +215,7 @@ def test_second_order_forward_mode_and_vmap(structure):
         for method in ("sequential", "chunked"):
 
             def solver(A, b, h0, method=method):
-                return affine_scan(A, b, h0, structure=structure, method=method)
+                return affine_scan(A, b, h0, structure=structure, method=method, chunk_size=CHUNK_SIZES[method])
 
             for one, other in zip(second(solver), expected, strict=True):
                 np.testing.assert_allclose(one, other, rtol=1e-8, atol=1e-10)
@@ -209,29 +233,28 @@ def test_gradients_sum_over_what_was_broadcast_and_reach_the_products(structure)
     with jax.enable_x64(True):
         shared = jnp.asarray(A[:, 0])
 
-        def states(A, method):
-            return jnp.sum(jnp.square(affine_scan(A, b, h0, structure=structure, method=method)))
+        scan = partial(affine_scan, structure=structure, method="chunked", chunk_size=3)
 
-        def products(A, method):
-            return jnp.sum(
-                affine_scan(A, b[:, 0], structure=structure, method=method, return_products=True)[1] * weights
-            )
+        def states(A):
+            return jnp.sum(jnp.square(scan(A, b, h0)))
 
-        for function in (states, products):
-            for method in ("chunked",):
-                got = jax.jit(jax.grad(function), static_argnums=1)(shared, method)
-                # Central differences along one direction; their error is about 1e-10 relative.
-                direction = np.random.default_rng(4).normal(size=shared.shape)
-                step = 1e-5
-                ahead, behind = (function(shared + sign * step * direction, method) for sign in (1, -1))
-                np.testing.assert_allclose(jnp.vdot(got, direction), (ahead - behind) / (2 * step), rtol=1e-6)
+        def products(A):
+            return jnp.sum(scan(A, b[:, 0], return_products=True)[1] * weights)
+
+        for function in map(jax.jit, (states, products)):
+            got = jax.jit(jax.grad(function))(shared)
+            # Central differences along one direction; their error is about 1e-10 relative.
+            direction = np.random.default_rng(4).normal(size=shared.shape)
+            step = 1e-5
+            ahead, behind = (function(shared + sign * step * direction) for sign in (1, -1))
+            np.testing.assert_allclose(jnp.vdot(got, direction), (ahead - behind) / (2 * step), rtol=1e-6)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_low_precision_inputs_are_summed_in_float32(method):
     length = 2000
     b = jnp.ones((length, 1), jnp.bfloat16)
-    states = affine_scan(jnp.ones((length, 1), jnp.bfloat16), b, method=method)
+    states = jax.jit(partial(affine_scan, method=method))(jnp.ones((length, 1), jnp.bfloat16), b)
     assert states.dtype == jnp.bfloat16
     # A bfloat16 sum of ones would stop at 256.
     np.testing.assert_allclose(np.float32(states[-1]), length, rtol=2**-8)
@@ -274,6 +297,23 @@ def test_a_sharded_sequence_gives_the_single_device_numbers(structure, reverse):
             np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-11)
     with pytest.raises(ValueError, match="8"):
         affine_scan_sharded(A[:30], b[:30], mesh=mesh, structure=structure)
+
+
+def test_a_batch_that_is_split_over_data_stays_so():
+    mesh = Mesh(np.array(jax.devices()[:8]).reshape(2, 4), ("data", "seq"))
+    A, b, _ = problem("diagonal", 12, (4,))
+    expected, _ = loop(A, b, np.zeros_like(b[0]), "diagonal")
+    split = NamedSharding(mesh, PartitionSpec("seq", "data"))
+    with jax.enable_x64(True):
+        arrays = [jax.device_put(x, split) for x in (A, b)]
+        compiled = jax.jit(partial(affine_scan_sharded, mesh=mesh)).lower(*arrays).compile()
+        states = compiled(*arrays)
+    np.testing.assert_allclose(states, expected, rtol=1e-10, atol=1e-12)
+    assert states.sharding.is_equivalent_to(split, states.ndim)
+    # What travels are the summaries, one matrix and one vector a device and row; never the 12 steps or a device's 3.
+    gathered = re.findall(r"= f64\[([\d,]+)\]\S* all-gather", compiled.as_text())
+    assert gathered
+    assert {int(shape.split(",")[0]) for shape in gathered} <= {1, 4}
 
 
 @pytest.mark.parametrize(
