@@ -83,6 +83,7 @@ def host_batches(
     batch_size: int,
     seed: int,
     transform: Callable[[Any], Any] | None = None,
+    part: tuple[int, int] = (0, 1),
 ) -> grain.MapDataset:
     """Endless shuffled batches of the examples in host arrays, by random access: `batches[step]`.
 
@@ -99,13 +100,15 @@ def host_batches(
         seed: run's seed of the data, 0 or more.
         transform: applied to each batch on the host; must be a pure function of it (random augmentation
             belongs to the training step, which has a key).
+        part: (index, number of parts): the rows of each batch that this process reads, where several share it;
+            `(jax.process_index(), jax.process_count())`. The parts in their order are the whole batch.
 
     Returns:
-        A dataset whose element `step` has the structure of `source`, with batch_size rows in each array.
+        A dataset whose element `step` has the structure of `source`, with batch_size / parts rows in each array.
 
     Raises:
         ValueError: no arrays, arrays of different lengths, a batch_size below 1 or above the number of
-            examples, or a negative seed.
+            examples, a negative seed, or parts that do not divide the batch.
     """
     lengths = sorted({len(leaf) for leaf in jax.tree.leaves(source)})
     if len(lengths) != 1:
@@ -114,7 +117,12 @@ def host_batches(
         raise ValueError(f"batch_size must be between 1 and the {lengths[0]} examples, got {batch_size}")
     if seed < 0:
         raise ValueError(f"seed must be 0 or more, got {seed}")
-    batches = grain.MapDataset.source(_ShuffledBatches(source, lengths[0], batch_size, seed))
+    index, parts = part
+    if not 0 <= index < parts or batch_size % parts:
+        raise ValueError(f"part={part} must be (index, parts) with index < parts and parts dividing {batch_size} rows")
+    size = batch_size // parts
+    rows = slice(index * size, (index + 1) * size)
+    batches = grain.MapDataset.source(_ShuffledBatches(source, lengths[0], batch_size, seed, rows))
     return batches if transform is None else batches.map(transform)
 
 
@@ -126,11 +134,12 @@ class _ShuffledBatches:
     repeat the epochs of run 0, one epoch early.
     """
 
-    def __init__(self, source: Any, num_examples: int, batch_size: int, seed: int):
+    def __init__(self, source: Any, num_examples: int, batch_size: int, seed: int, rows: slice):
         self._source = source
         self._num_examples = num_examples
         self._batch_size = batch_size
         self._seed = seed
+        self._rows = rows
         self._latest = (0, self._draw(0))
 
     def __len__(self) -> int:
@@ -139,7 +148,7 @@ class _ShuffledBatches:
     def __getitem__(self, step: int) -> Any:
         epoch, index = divmod(step, self._num_examples // self._batch_size)
         rows = self._permutation(epoch)[index * self._batch_size : (index + 1) * self._batch_size]
-        return jax.tree.map(lambda leaf: leaf[rows], self._source)
+        return jax.tree.map(lambda leaf: leaf[rows[self._rows]], self._source)
 
     def _permutation(self, epoch: int) -> np.ndarray:
         latest, permutation = self._latest  # read and written as one: threads may be in different epochs

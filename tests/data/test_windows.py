@@ -159,3 +159,21 @@ def test_a_memory_mapped_source_is_gathered_into_memory(tmp_path):
 def test_impossible_host_batches(source, batch_size, seed, message):
     with pytest.raises(ValueError, match=message):
         host_batches(source, batch_size, seed)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_the_parts_of_several_processes_are_the_whole_batch(parts):
+    source = {"x": np.arange(40), "y": np.arange(80).reshape(40, 2)}
+    whole = host_batches(source, 8, seed=3)
+    shares = [host_batches(source, 8, seed=3, part=(index, parts)) for index in range(parts)]
+    for step in (0, 4, 5, 17):
+        for name in source:
+            joined = np.concatenate([share[step][name] for share in shares])
+            np.testing.assert_array_equal(joined, whole[step][name])
+            assert len(shares[0][step][name]) == 8 // parts
+
+
+@pytest.mark.parametrize("part", [(2, 2), (-1, 2), (0, 3), (0, 0)])
+def test_parts_that_do_not_fit_are_refused(part):
+    with pytest.raises(ValueError, match=r"must be \(index, parts\)"):
+        host_batches(np.arange(40), 8, seed=0, part=part)

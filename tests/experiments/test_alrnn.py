@@ -14,6 +14,7 @@ from rich.console import Console
 from experiments.catalogue import UsageError
 from experiments.harness import Run, check_claims
 from experiments.sequence import alrnn as experiment
+from experiments.sequence._alrnn_study import p_sweep, study
 from jaxpapers.data.download import ENVIRONMENT_VARIABLE, DataNotFound
 from jaxpapers.train import Best, Fitted, make_mesh, read_metrics
 
@@ -246,3 +247,23 @@ def test_unknown_systems_are_named():
     config = experiment.get_config("smoke")
     with pytest.raises(UsageError, match="unknown system 'lorentz'; did you mean 'lorenz"):
         experiment.load_series("lorentz", config)
+
+
+def test_a_population_trains_on_eight_devices_as_on_one(tmp_path):
+    """Three models, padded to eight: the rows of different devices do not touch each other."""
+    config = experiment.get_config("smoke")
+    config.lorenz63.updates = 10
+    config.evaluate_every = 10
+    series = random_series("lorenz63", 400)
+    studies = []
+    for folder, mesh in (("one", None), ("eight", make_mesh(data=8))):
+        (tmp_path / folder).mkdir()
+        run = Run(tmp_path / folder, Console(quiet=True), mesh)
+        population = p_sweep(config.lorenz63, config.num_seeds)
+        studies.append(study("lorenz63", "lorenz63", series, population, config, run))
+    one, eight = studies
+    assert eight.params.W.shape == one.params.W.shape == (3, 20, 20)
+    # The same arithmetic a model; XLA may fuse a population of eight otherwise than one of three.
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), eight.last_params, one.last_params
+    )

@@ -19,6 +19,7 @@ from jaxpapers.train import (
     create_state,
     fit,
     fsdp,
+    initialize_distributed,
     make_mesh,
     make_train_step,
     param_specs,
@@ -53,7 +54,7 @@ def train(mesh=None, rules=(), batches=None, **options):
     with tempfile.TemporaryDirectory() as folder, closing(MetricsWriter(Path(folder), "train")) as metrics:
         options = {"log_every": 1, "metrics": metrics} | options
         fitted = fit(state, step, batches, STEPS, key=KEY, mesh=mesh, rules=rules, **options)
-        return fitted.state, np.array([line["train/loss"] for line in read_metrics(folder)])
+        return fitted.state, np.array([line["train/loss"] for line in read_metrics(folder) if "train/loss" in line])
 
 
 @pytest.fixture(scope="module")
@@ -163,3 +164,57 @@ def test_a_batch_is_split_over_data_alone():
     batch = place_batch({"x": np.arange(16).reshape(8, 2)}, mesh)["x"]
     assert batch.sharding == NamedSharding(mesh, P("data"))
     np.testing.assert_array_equal(batch, np.arange(16).reshape(8, 2))
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, None),
+        ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_JOB_ID": "7"}, None),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, None),
+        ({"SLURM_STEP_NUM_TASKS": "4"}, ()),
+        ({"TPU_WORKER_HOSTNAMES": "10.0.0.1,10.0.0.2"}, ()),
+        (
+            {"JAX_COORDINATOR_ADDRESS": "host:1234", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"},
+            ("host:1234", 2, 1),
+        ),
+    ],
+)
+def test_other_processes_are_joined_where_the_environment_names_them(monkeypatch, environment, expected):
+    calls = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *address, **options: calls.append(address))
+    for name in ("JAX_COORDINATOR_ADDRESS", "SLURM_STEP_NUM_TASKS", "TPU_WORKER_HOSTNAMES"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert initialize_distributed() == (expected is not None)
+    assert calls == ([] if expected is None else [expected])
+
+
+def test_batches_are_read_ahead_while_the_device_works():
+    asked, seen = [], []
+
+    class Recorded(Tokens):
+        def __getitem__(self, step):
+            asked.append(step)
+            return super().__getitem__(step)
+
+    def evaluate(state):
+        seen.append(asked[-1])
+        return {"newest": asked[-1]}
+
+    train(batches=Recorded(), evaluate=evaluate, evaluate_every=1)
+    assert asked == list(range(STEPS))  # each once, in order
+    # After the update of step n, the batch of step n + 1 has been asked for at least: two are on their way.
+    assert all(newest >= min(step + 1, STEPS - 1) for step, newest in enumerate(seen))
+
+
+def test_an_error_of_the_data_comes_out_where_the_batch_is_needed():
+    class Broken(Tokens):
+        def __getitem__(self, step):
+            if step == 3:
+                raise OSError("shard 3 is truncated")
+            return super().__getitem__(step)
+
+    with pytest.raises(OSError, match="shard 3 is truncated"):
+        train(batches=Broken())
