@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from experiments.catalogue import UsageError, nearest
 from experiments.harness import Run
 from jaxpapers.data.dynamics import simulate_lorenz63, simulate_lorenz96, simulate_rossler, standardise
-from jaxpapers.data.series import alrnn_series
+from jaxpapers.data.series import ALRNN_SERIES, alrnn_series
 from jaxpapers.data.windows import sample_windows
 from jaxpapers.ops.dsr_metrics import (
     lyapunov_spectrum,
@@ -90,6 +90,89 @@ SIMULATORS = {"lorenz63": simulate_lorenz63, "rossler": simulate_rossler, "loren
 MINIMAL_P = {"lorenz63": 2, "rossler": 1, "ecg": 2, "fmri": 2}  # the P that the paper settles on (Fig. 3)
 WORD_LENGTH = 8  # of the words whose growth estimates the entropy; longer ones would need longer orbits
 PREDICTION_STEPS = 20
+
+
+AT_LEAST_1 = ("num_seeds", "batch_size", "updates_per_call", "evaluate_every", "lyapunov_steps")
+# Of a recipe: field -> (its smallest value, whether that value itself is refused).
+LIMITS = {
+    "latent_dim": (1, False),
+    "tau": (1, False),
+    "window": (1, False),
+    "rate": (0, True),
+    "last_rate": (0, False),
+    "updates": (1, False),
+    "noise": (0, False),
+    "smoothing": (0, False),
+    "dt": (0, True),
+    "bins": (0, False),
+    "gmm_variance": (0, True),
+    "reset": (0, False),
+    "penalty": (0, False),
+}
+
+
+def check_config(config: ConfigDict) -> None:
+    """Refuses what cannot be trained or analysed, before anything is.
+
+    Raises:
+      UsageError: the field with its value, and what it takes.
+    """
+    _require(config.systems, "systems", config.systems, "at least one system")
+    for name in config.systems:
+        if name not in RECIPES:
+            raise UsageError(f"unknown system {name!r}{nearest(name, RECIPES)}")
+    for field in AT_LEAST_1:
+        _require(config[field] >= 1, field, config[field], "at least 1")
+    for field in ("transient", "min_evaluations"):
+        _require(config[field] >= 0, field, config[field], "at least 0")
+    _require(abs(config.seed) < 2**31 - 1, "seed", config.seed, "a 32-bit integer")
+    _require(config.slope_penalties, "slope_penalties", config.slope_penalties, "at least one penalty")
+    _require(min(config.slope_penalties) >= 0, "slope_penalties", config.slope_penalties, "at least 0 each")
+    shortest = 2 * WORD_LENGTH  # a quarter of the free run may be dropped as its transient
+    _require(config.free_run >= shortest, "free_run", config.free_run, f"at least {shortest}")
+    for name in config.systems:
+        _check_recipe(name, config)
+    every, call = config.evaluate_every, config.updates_per_call
+    once = every >= max(config[name].updates for name in config.systems)
+    _require(once or every % call == 0, "evaluate_every", every, f"a multiple of updates_per_call={call}")
+
+
+def _check_recipe(name: str, config: ConfigDict) -> None:
+    recipe = config[name]
+    for field, (low, open_) in LIMITS.items():
+        value = recipe[field]
+        _require(value > low or (value == low and not open_), f"{name}.{field}", value, _bound(low, open_))
+    rows, dim = series_shape(name, config)
+    longest = {f"{name}.window": recipe.window, "the horizon of PE": PREDICTION_STEPS}
+    if name == "lorenz63":
+        longest |= {"newton_lengths": max(config.newton_lengths, default=1)}
+        _require(min(config.newton_lengths, default=1) >= 1, "newton_lengths", config.newton_lengths, "at least 1 each")
+    for field, steps in longest.items():
+        _require(steps < rows, field, steps, f"less than the {rows} rows of {name}")
+    _require(recipe.latent_dim >= dim, f"{name}.latent_dim", recipe.latent_dim, f"at least the {dim} observables")
+    _require(recipe.bins**dim < 2**31, f"{name}.bins", recipe.bins, f"so few that bins^{dim} stays below 2^31")
+    _require(recipe.num_pwl, f"{name}.num_pwl", recipe.num_pwl, "at least one P")
+    for num_pwl in recipe.num_pwl:
+        try:
+            alrnn.check_num_pwl(num_pwl, recipe.latent_dim, dim)
+        except ValueError as error:
+            raise UsageError(f"config.{name}.num_pwl: {error}") from None
+
+
+def _bound(low: int, open_: bool) -> str:
+    return f"above {low}" if open_ else f"at least {low}"
+
+
+def _require(holds: Any, field: str, value: Any, expected: str) -> None:
+    if not holds:
+        raise UsageError(f"config.{field}={value} must be {expected}")
+
+
+def series_shape(name: str, config: ConfigDict) -> tuple[int, int]:
+    """(time, N) of a system's series, without its file."""
+    if name in SIMULATORS and (config.simulate or name == "lorenz96"):
+        return config.num_rows, 20 if name == "lorenz96" else 3
+    return ALRNN_SERIES[name].shape
 
 
 def load_series(name: str, config: ConfigDict) -> np.ndarray:

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float32
 
-from jaxpapers.data.download import CorruptData, OfficialFile, open_data
+from jaxpapers.data.download import CorruptData, OfficialFile, data_folder, open_data
 
 # Pinned to a commit: a moving branch would turn an update by the authors into a checksum error here.
 REPOSITORY = "https://raw.githubusercontent.com/DurstewitzLab/ALRNN-DSR/0bdca245a24ddabff691c7fe2e368afb6d24ccba"
@@ -102,16 +102,23 @@ def alrnn_series(name: str) -> Float32[np.ndarray, "time dim"]:
     Raises:
         ValueError: the name is unknown.
         DataNotFound: the file is missing and cannot be downloaded.
-        CorruptData: the file is not the official one, or holds another shape or non-finite values.
+        CorruptData: the file is not the official one, or holds another shape, another kind of values or
+            non-finite ones.
     """
     if name not in ALRNN_SERIES:
         nearest = difflib.get_close_matches(name.lower(), ALRNN_SERIES, n=1, cutoff=0.0)[0]
         raise ValueError(f"unknown series {name!r}, nearest is {nearest!r}; known are {sorted(ALRNN_SERIES)}")
     file, shape = ALRNN_SERIES[name]
+    origin = f"; it lies in {data_folder()} and comes from {file.url}"
     with open_data(file) as stream:
-        series = np.load(stream, allow_pickle=False)
+        try:
+            series = np.load(stream, allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise CorruptData(f"{file.name} is no array that NumPy can read ({error}){origin}") from error
     if series.shape != shape:
-        raise CorruptData(f"{file.name} has shape {series.shape}, expected {shape}")
+        raise CorruptData(f"{file.name} has shape {series.shape}, expected {shape}{origin}")
+    if not np.issubdtype(series.dtype, np.floating):
+        raise CorruptData(f"{file.name} holds {series.dtype}, expected floating-point numbers{origin}")
     if not np.isfinite(series).all():
-        raise CorruptData(f"{file.name} has {np.count_nonzero(~np.isfinite(series))} non-finite values")
+        raise CorruptData(f"{file.name} has {np.count_nonzero(~np.isfinite(series))} non-finite values{origin}")
     return np.ascontiguousarray(series, dtype=np.float32)
