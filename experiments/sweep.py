@@ -77,17 +77,17 @@ def submit(points: Sequence[Point], folder: Path, options: Sequence[str], cluste
     Raises:
       UsageError: submitit is not installed, or an option that it does not know.
     """
-    try:
-        import submitit
-    except ImportError:
-        raise UsageError("--slurm needs submitit: pip install -e '.[slurm]'") from None
-    executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
     parameters: dict[str, Any] = {}
     for option in options:
         name, equals, value = option.partition("=")
         if not equals:
             raise UsageError(f"--slurm-option takes NAME=VALUE, not {option!r}")
         parameters[name] = int(value) if value.isdecimal() else value
+    try:
+        import submitit
+    except ImportError:
+        raise UsageError("--slurm needs submitit: pip install -e '.[slurm]'") from None
+    executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
     try:
         executor.update_parameters(name="jaxpapers", **parameters)
     except (NameError, TypeError, ValueError) as error:

@@ -183,6 +183,8 @@ def simulate_lorenz96(
 def _after_transient(
     field: VectorField, x0: Array, dt: Scalar, num_steps: int, sample_every: int, transient: int
 ) -> Array:
+    if num_steps < 1:
+        raise ValueError(f"num_steps must be at least 1, got {num_steps}")
     if transient < 0:
         raise ValueError(f"transient must be 0 or more, got {transient}")
     return integrate(field, x0, dt, num_steps + transient, sample_every)[transient:]

@@ -67,8 +67,8 @@ def stack_layers(params: PyTree) -> PyTree:
         ValueError: other keys than these.
     """
     names = [f"layers_{layer}" for layer in range(len(params))]
-    if set(params) != set(names):
-        raise ValueError(f"expected layers_0 to layers_{len(params) - 1}, got {sorted(params)}")
+    if set(params) != set(names) or not names:
+        raise ValueError(f"expected layers_0 to layers_{max(len(params) - 1, 0)}, got {sorted(params)}")
     return {"layers": jax.tree.map(lambda *leaves: jnp.stack(leaves), *(params[name] for name in names))}
 
 

@@ -327,9 +327,9 @@ def _linear_solve(
 
     if b.shape[rec.axis] == 0:
         return b
-    # custom_linear_solve's rule fails where only some of its inputs carry a derivative (jax 0.10): behind the barrier
-    # all of them do.
-    A, initial, b = lax.optimization_barrier((A, initial, b))
+    # custom_linear_solve's rule fails where only A or only one of the other two carries a derivative (jax 0.10): behind
+    # the barrier both of these do. A itself does not pass it, so that it stays known where b and initial are linear.
+    _, initial, b = lax.optimization_barrier((A, initial, b))
     return lax.custom_linear_solve(matvec, (initial, b), solve, solve_transposed)[1]
 
 

@@ -13,11 +13,13 @@ import zlib
 from pathlib import Path
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
 from jaxpapers.train.files import write_whole
+from jaxpapers.train.mesh import path_name
 
 LOGGER = logging.getLogger(__name__)
 
@@ -35,9 +37,14 @@ class Checkpoints:
     Args:
       directory: where they lie, one folder a step.
       keep: how many of the newest are kept.
+
+    Raises:
+      ValueError: fewer than 2 are to be kept: a damaged one needs one before it.
     """
 
     def __init__(self, directory: Path, keep: int = 2):
+        if keep < 2:
+            raise ValueError(f"keep={keep} must be at least 2, so that a damaged checkpoint has one before it")
         logging.getLogger("absl").setLevel(logging.WARNING)  # orbax reports every save at INFO
         self._directory = Path(directory).absolute()
         self.keep = keep
@@ -45,8 +52,11 @@ class Checkpoints:
             self._directory.mkdir(parents=True, exist_ok=True)
             self._set_damaged_aside()
         _barrier("checkpoints checked")
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
-        self._manager = ocp.CheckpointManager(self._directory, options=options)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, enable_async_checkpointing=False, cleanup_tmp_directories=True
+        )
+        handler = ocp.StandardCheckpointHandler()  # given, so that metadata can be read before anything is restored
+        self._manager = ocp.CheckpointManager(self._directory, item_handlers=handler, options=options)
 
     def save(self, step: int, tree: PyTree) -> None:
         """Saves the tree as of `step`; a checkpoint of that step that exists already is kept as it is."""
@@ -79,6 +89,7 @@ class Checkpoints:
             return None
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         try:
+            _require_same_arrays(abstract, self._manager.item_metadata(step))
             tree = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointMismatch(f"checkpoint {step} in {self._directory} does not fit: {error}") from error
@@ -92,24 +103,49 @@ class Checkpoints:
         return self._directory / f"{step}.manifest"
 
     def _set_damaged_aside(self) -> None:
-        for folder in sorted(path for path in self._directory.iterdir() if path.name.isdecimal()):
+        sound, damaged = [], []
+        for folder in sorted(
+            (path for path in self._directory.iterdir() if path.name.isdecimal()), key=lambda path: int(path.name)
+        ):
             manifest = self._manifest(int(folder.name))
             if not manifest.exists():
                 reason = "its save was cut off"
-            elif json.loads(manifest.read_text(encoding="utf8")) != _sums(folder):
+            elif not _agree(manifest, folder):
                 reason = "its files are not those that were saved"
             else:
+                sound.append(folder.name)
                 continue
             aside = folder.with_name(f"damaged-{folder.name}")
             shutil.rmtree(aside, ignore_errors=True)
             folder.rename(aside)
             manifest.unlink(missing_ok=True)
+            damaged.append(folder.name)
             LOGGER.warning("checkpoint %s is damaged (%s); it is set aside as %s", folder.name, reason, aside)
+        if damaged:
+            where = f"from checkpoint {sound[-1]}" if sound else "from the beginning: no checkpoint is left"
+            LOGGER.warning("training goes on %s", where)
 
 
 def nbytes(tree: PyTree) -> int:
     """Bytes of all arrays of a tree, those on other processes included."""
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _require_same_arrays(expected: PyTree, stored: PyTree) -> None:
+    """Names what differs. Orbax names no array whose shape differs, and casts what has another dtype unasked."""
+    arrays = {path_name(path): leaf for path, leaf in jax.tree.leaves_with_path(stored)}
+    for path, leaf in jax.tree.leaves_with_path(expected):
+        found = arrays.get(path_name(path), leaf)
+        if isinstance(leaf.dtype, np.dtype) and (tuple(found.shape), found.dtype) != (leaf.shape, leaf.dtype):
+            wanted = f"{leaf.dtype}{list(leaf.shape)}"
+            raise ValueError(f"{path_name(path)} is {found.dtype}{list(found.shape)} there, and {wanted} here")
+
+
+def _agree(manifest: Path, folder: Path) -> bool:
+    try:
+        return json.loads(manifest.read_bytes()) == _sums(folder)
+    except ValueError:  # the manifest itself is damaged
+        return False
 
 
 def _sums(folder: Path) -> dict[str, list[int]]:

@@ -4,6 +4,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from functools import partial, reduce
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -105,19 +106,17 @@ def fit(
       ValueError: intervals below 1 or not multiples of `steps_per_call`, or a metric to minimise that the
         evaluation does not return; rules and batches that do not fit the mesh.
       Terminated: SIGTERM came; the state is in the checkpoints.
-      NonFiniteLoss: loss or gradient of the model (of a population: of all its models) is not finite. Nothing is
-        saved after that, so that the newest checkpoint is a good one.
+      NonFiniteLoss: loss, gradient or, before a save, parameters of the model (of a population: of all its models)
+        are not finite. Nothing is saved after that, so that the newest checkpoint is a good one.
     """
-    if steps_per_call < 1 or log_every < 1:
-        raise ValueError(f"steps_per_call={steps_per_call} and log_every={log_every} must be at least 1")
-    checkpoint_every = checkpoint_every or evaluate_every or num_steps
-    for name, every in {
-        "log_every": log_every,
-        "evaluate_every": evaluate_every,
-        "checkpoint_every": checkpoint_every,
-    }.items():
+    intervals = {"log_every": log_every, "evaluate_every": evaluate_every, "checkpoint_every": checkpoint_every}
+    for name, steps in ({"num_steps": num_steps, "steps_per_call": steps_per_call} | intervals).items():
+        if steps is not None and steps < 1:
+            raise ValueError(f"{name}={steps} must be at least 1")
+    for name, every in intervals.items():
         if every is not None and every % steps_per_call and every < num_steps:
             raise ValueError(f"{name}={every} must be a multiple of steps_per_call={steps_per_call}")
+    checkpoint_every = checkpoint_every or evaluate_every or num_steps
     if minimize and evaluate is None:
         raise ValueError(f"minimize={minimize!r} needs an `evaluate` function")
 
@@ -134,7 +133,7 @@ def fit(
         for update in updates:
             state, measured, step = update(state, key)
             last = step == num_steps
-            stops = stops_at(step) and not last
+            stops = stops_at(step)  # after the last step, too: what follows `fit` can wait for the resume
             logs = step % log_every == 0 or last
             evaluates = evaluate is not None and (last or bool(evaluate_every and step % evaluate_every == 0))
             saves = checkpoints is not None and (last or stops or step % checkpoint_every == 0)
@@ -155,6 +154,10 @@ def fit(
                         )
                     best = _better(best, np.asarray(scores[minimize], np.float32), state)
             if checkpoints is not None and saves:
+                if not _sound(state.params, key.ndim):
+                    raise NonFiniteLoss(
+                        f"the parameters are not finite after step {step}; the newest checkpoint is from before"
+                    )
                 checkpoints.save(step, (state, best))
             if stops:
                 raise Terminated(f"{title}: stopped by SIGTERM after step {step}{', which is saved' if saves else ''}")
@@ -247,6 +250,17 @@ def _require_finite(step: int, metrics: Mapping[str, Any]) -> None:
         if name in metrics and not np.isfinite(metrics[name]).any():
             value = np.asarray(metrics[name]).tolist()
             raise NonFiniteLoss(f"{name} is {value} at step {step}; the newest checkpoint is from before")
+
+
+@partial(jax.jit, static_argnums=1)
+def _sound(params: PyTree, population_axes: int) -> Array:
+    """Whether all parameters are finite; in a population, those of any model. A step too long can spoil them alone."""
+    finite = [
+        jnp.isfinite(leaf).all(tuple(range(population_axes, leaf.ndim)))
+        for leaf in jax.tree.leaves(params)
+        if jnp.issubdtype(leaf.dtype, jnp.inexact)
+    ]
+    return reduce(jnp.logical_and, finite, jnp.array(True)).any()
 
 
 def _no_best(state: TrainState, models: tuple[int, ...], mesh: Mesh | None) -> Best:

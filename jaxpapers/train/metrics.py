@@ -2,12 +2,15 @@
 
 import json
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 
 from jaxpapers.train.files import write_whole
 
@@ -43,7 +46,13 @@ class MetricsWriter:
         if path.exists():
             _drop_after(path, stage, resume_step)
         self._file = path.open("a", encoding="utf8")
-        self._board = SummaryWriter(str(workdir / "tensorboard" / stage), purge_step=resume_step + 1)
+        # Not tensorboardX's SummaryWriter: it writes in a thread, and once the disk is full that thread is dead and
+        # every later call waits for it. The process id keeps two runs of one second out of one file.
+        board = workdir / "tensorboard" / stage
+        board.mkdir(parents=True, exist_ok=True)
+        self._board = EventsWriter(str(board / "events"), f".{os.getpid()}")
+        start = SessionLog(status=SessionLog.START)  # TensorBoard hides what earlier files have from this step on
+        self._board.write_event(Event(step=resume_step + 1, wall_time=time.time(), session_log=start))
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Writes the values of one step: scalars, or arrays of shape (models,) for a population."""
@@ -55,7 +64,9 @@ class MetricsWriter:
             array = np.asarray(value, dtype=float)
             for index in np.ndindex(array.shape):
                 if np.isfinite(array[index]):  # tensorboardX warns of every other value; metrics.jsonl has them
-                    self._board.add_scalar("/".join([name, *map(str, index)]), array[index], step)
+                    summary = scalar("/".join([name, *map(str, index)]), array[index])
+                    self._board.write_event(Event(step=step, wall_time=time.time(), summary=summary))
+        self._board.flush()
 
     def close(self) -> None:
         """Closes both files; `contextlib.closing` does it."""

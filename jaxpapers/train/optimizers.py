@@ -86,13 +86,16 @@ def make_optimizer(
       **arguments: of the optimizer.
 
     Raises:
-      ValueError: no such optimizer (the nearest name is suggested), or arguments that it does not take; a clipping norm
+      ValueError: no such optimizer (the nearest name is suggested), or arguments that it does not take; an optimizer
+        that needs more than gradients and parameters (a line search), or a plain rate; a clipping norm
         or a number of batches that is not positive, a decay outside [0, 1). At `init`: a pattern that matches nothing.
     """
     optimizers = {
         key: value
         for key, value in vars(optax).items()
-        if inspect.isfunction(value) and "learning_rate" in inspect.signature(value).parameters
+        if not key.startswith("_")
+        and inspect.isfunction(value)
+        and "learning_rate" in inspect.signature(value).parameters
     }
     function = _lookup("optimizer", name, optimizers)
     try:
@@ -103,7 +106,12 @@ def make_optimizer(
         raise ValueError(
             f"expected clip_norm > 0, accumulate >= 1, 0 <= ema_decay < 1; got {clip_norm}, {accumulate}, {ema_decay}"
         )
-    optimizer = function(schedule, **arguments)
+    try:
+        optimizer = function(schedule, **arguments)
+        if not arguments:  # some of them (masks) are made for the model's parameters, not for this probe
+            jax.eval_shape(lambda probe: optimizer.update(probe, optimizer.init(probe), probe), jnp.zeros(1))
+    except TypeError as error:
+        raise ValueError(f"optimizer {name!r} needs more than gradients, or takes no schedule: {error}") from None
     if clip_norm is not None:
         optimizer = optax.chain(optax.clip_by_global_norm(clip_norm), optimizer)
     if frozen:

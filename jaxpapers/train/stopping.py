@@ -10,8 +10,15 @@ import jax
 from jax.experimental import multihost_utils
 
 
-class Terminated(Exception):
-    """The run was asked to stop (SIGTERM), and everything that a resume needs has been saved."""
+AGAIN_S = 2.0
+
+
+class Terminated(BaseException):
+    """The run was asked to stop (SIGTERM), and everything that a resume needs has been saved.
+
+    No Exception, as KeyboardInterrupt is none: it comes from anywhere, and whoever lives with a failed computation (a
+    claim that cannot be checked, jax's cache) must not live with this.
+    """
 
 
 @contextmanager
@@ -22,10 +29,15 @@ def sigterm_raises() -> Iterator[None]:
     """
 
     def stop(signum: int, frame: FrameType | None) -> None:
+        # Python swallows what is raised inside a finalizer: it comes again until somebody has heard it.
+        signal.setitimer(signal.ITIMER_REAL, AGAIN_S)
         raise Terminated("stopped by SIGTERM")
 
-    with _handler(stop):
-        yield
+    with _handler(stop), _handler(stop, signal.SIGALRM):
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 @contextmanager
@@ -33,6 +45,9 @@ def sigterm_noted() -> Iterator[Callable[[int], bool]]:
     """Inside, SIGTERM is noted. Yields `stops_at(step)`: whether to stop now, the same answer on all processes.
 
     With several processes jax's own service notes the signal on any of them, and chooses a step that all reach.
+
+    Raises:
+      Terminated: at the end, where SIGTERM was noted and nothing has stopped for it.
     """
     noted = threading.Event()
 
@@ -41,15 +56,17 @@ def sigterm_noted() -> Iterator[Callable[[int], bool]]:
 
     with _handler(lambda signum, frame: noted.set()) if jax.process_count() == 1 else nullcontext():
         yield stops_at
+    if noted.is_set():  # it came after the last question
+        raise Terminated("stopped by SIGTERM")
 
 
 @contextmanager
-def _handler(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+def _handler(handler: Callable[[int, FrameType | None], None], number: int = signal.SIGTERM) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # Python hands signals to the main thread alone
         yield
         return
-    before = signal.signal(signal.SIGTERM, handler)
+    before = signal.signal(number, handler)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(number, before)
