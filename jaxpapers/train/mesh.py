@@ -223,10 +223,12 @@ def initialize_distributed(heartbeat_timeout_seconds: int = 60) -> bool:
     slurm = int(environment.get("SLURM_STEP_NUM_TASKS", "1"))
     if not by_hand and slurm < 2 and len(hosts) < 2:
         return False
-    address = (
-        (by_hand, *(int(environment[f"JAX_{name}"]) for name in ("NUM_PROCESSES", "PROCESS_ID"))) if by_hand else ()
-    )
-    jax.distributed.initialize(*address, heartbeat_timeout_seconds=heartbeat_timeout_seconds)
+    timeout = heartbeat_timeout_seconds
+    if by_hand:
+        count, index = (int(environment[f"JAX_{name}"]) for name in ("NUM_PROCESSES", "PROCESS_ID"))
+        jax.distributed.initialize(by_hand, count, index, heartbeat_timeout_seconds=timeout)
+    else:
+        jax.distributed.initialize(heartbeat_timeout_seconds=timeout)
     return True
 
 

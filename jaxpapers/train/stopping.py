@@ -9,7 +9,6 @@ from types import FrameType
 import jax
 from jax.experimental import multihost_utils
 
-
 AGAIN_S = 2.0
 
 

@@ -29,7 +29,7 @@ from jaxpapers.train import Checkpoints, NonFiniteLoss, OnDevice, Terminated, cr
 
 REPOSITORY = Path(__file__).parents[2]
 VICTIM = (sys.executable, str(REPOSITORY / "tests" / "train" / "victim.py"))
-STEPS = 36
+STEPS = 30
 SEED = 20240
 KEY = jax.random.key(0)
 PATIENCE = 120  # seconds for what takes two or three: the machine may be busy
@@ -43,7 +43,7 @@ def environment(tmp_path_factory):
     return os.environ | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "",
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("cache")),
+        "JAX_COMPILATION_CACHE_DIR": str(REPOSITORY / ".cache" / "survival"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "PYTHONPATH": f"{without_torch}:{REPOSITORY}",
@@ -91,7 +91,7 @@ def wait_until(happened, process):
     while not happened():
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < end
-        time.sleep(1e-3)
+        time.sleep(2e-3)  # a save takes a hundred times as long
 
 
 def steps_logged(workdir, stage="main"):
@@ -165,14 +165,14 @@ def test_killed_again_and_again_a_run_ends_with_the_same_bits(tmp_path, start, u
 def test_sigterm_saves_and_ends_with_0(tmp_path, start, undisturbed):
     workdir = tmp_path / "run"
     process = start(*VICTIM, workdir)
-    wait_until(lambda: steps_logged(workdir) >= 10, process)
+    wait_until(lambda: steps_logged(workdir) >= 7, process)
     asked = time.monotonic()
     process.terminate()
     said = finish(process)
     assert time.monotonic() - asked < 20  # a step and a save; seconds even where the machine is busy
     saved = sound_steps(workdir / "checkpoints")[-1]
     assert said.strip().endswith(f"train: stopped by SIGTERM after step {saved}, which is saved")
-    assert 10 <= saved < STEPS
+    assert 7 <= saved < STEPS
     finish(start(*VICTIM, workdir))
     assert_ended_alike(workdir, undisturbed(STEPS), STEPS)
 
@@ -214,6 +214,10 @@ def largest_file(folder):
     return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
 
 
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def truncate(checkpoint):
     os.truncate(largest_file(checkpoint), largest_file(checkpoint).stat().st_size // 2)
 
@@ -236,15 +240,13 @@ def cut_manifest(checkpoint):
     os.truncate(checkpoint.with_name(f"{checkpoint.name}.manifest"), 100)
 
 
+FILES, CUT_OFF = "its files are not those that were saved", "its save was cut off"
+DAMAGES = [(truncate, FILES), (flip, FILES), (delete, FILES), (cut_manifest, FILES), (delete_manifest, CUT_OFF)]
+
+
 @pytest.mark.parametrize(
     ("damage", "reason"),
-    [
-        (truncate, "its files are not those that were saved"),
-        (flip, "its files are not those that were saved"),
-        (delete, "its files are not those that were saved"),
-        (cut_manifest, "its files are not those that were saved"),
-        (delete_manifest, "its save was cut off"),
-    ],
+    [pytest.param(*case, marks=[] if case[0] is flip else [pytest.mark.slow]) for case in DAMAGES],
 )
 def test_of_a_damaged_checkpoint_the_one_before_is_taken(tmp_path, start, undisturbed, damage, reason):
     workdir = tmp_path / "run"
@@ -252,13 +254,26 @@ def test_of_a_damaged_checkpoint_the_one_before_is_taken(tmp_path, start, undist
     checkpoints = workdir / "checkpoints"
     newest = checkpoints / str(STEPS)
     damage(newest)
-    left = {path.relative_to(newest): path.read_bytes() for path in newest.rglob("*") if path.is_file()}
+    left = contents(newest)
     said = finish(start(*VICTIM, workdir))
     assert f"checkpoint {STEPS} is damaged ({reason}); it is set aside as {checkpoints}/damaged-{STEPS}" in said
     assert f"training goes on from checkpoint {STEPS - 3}" in said
     assert_ended_alike(workdir, undisturbed(STEPS), STEPS)
-    aside = checkpoints / f"damaged-{STEPS}"
-    assert {path.relative_to(aside): path.read_bytes() for path in aside.rglob("*") if path.is_file()} == left
+    assert contents(checkpoints / f"damaged-{STEPS}") == left
+
+
+@pytest.mark.parametrize(("damage", "reason"), DAMAGES)
+def test_every_damage_is_noticed(tmp_path, caplog, damage, reason):
+    """The same without a process of its own, on one parameter."""
+    fit_in_process(tmp_path, optax.sgd(0.5), checkpoint_every=1)
+    expected = arrays(tmp_path / "4")
+    damage(tmp_path / "4")
+    left = contents(tmp_path / "4")
+    fit_in_process(tmp_path, optax.sgd(0.5), checkpoint_every=1)
+    assert f"checkpoint 4 is damaged ({reason}); it is set aside as {tmp_path}/damaged-4" in caplog.text
+    assert "training goes on from checkpoint 3" in caplog.text
+    assert arrays(tmp_path / "4") == expected
+    assert contents(tmp_path / "damaged-4") == left
 
 
 def test_with_all_checkpoints_damaged_training_starts_anew(tmp_path, start, undisturbed):
@@ -270,15 +285,15 @@ def test_with_all_checkpoints_damaged_training_starts_anew(tmp_path, start, undi
     assert said.count("is set aside as") == 2
     assert "training goes on from the beginning: no checkpoint is left" in said
     assert_ended_alike(workdir, undisturbed(STEPS), STEPS)
-    assert {path.name for path in (workdir / "checkpoints").glob("damaged-*")} == {"damaged-33", "damaged-36"}
+    assert {path.name for path in (workdir / "checkpoints").glob("damaged-*")} == {"damaged-27", "damaged-30"}
 
 
 def test_a_loss_that_is_not_finite_ends_with_2_and_spoils_nothing(tmp_path, start, undisturbed):
     workdir = tmp_path / "run"
-    said = finish(start(*VICTIM, workdir, "--nan-from=22"), 2)
-    assert said == "error: loss is nan at step 23; the newest checkpoint is from before\n"
-    assert sound_steps(workdir / "checkpoints") == [18, 21]
-    for name, (dtype, shape, content) in arrays(workdir / "checkpoints" / "21").items():
+    said = finish(start(*VICTIM, workdir, "--nan-from=16"), 2)
+    assert said == "error: loss is nan at step 17; the newest checkpoint is from before\n"
+    assert sound_steps(workdir / "checkpoints") == [12, 15]
+    for name, (dtype, shape, content) in arrays(workdir / "checkpoints" / "15").items():
         assert np.isfinite(np.frombuffer(content, dtype).reshape(shape)).all(), name
     finish(start(*VICTIM, workdir))
     assert_ended_alike(workdir, undisturbed(STEPS), STEPS)
@@ -319,6 +334,7 @@ def one_line(said):
     return errors[0]
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_later_costs_no_good_checkpoint(small_disk, start, undisturbed):
     disk = small_disk(6 * 2**20)
     workdir = disk / "run"
@@ -335,6 +351,7 @@ def test_a_disk_that_fills_up_later_costs_no_good_checkpoint(small_disk, start, 
     assert_ended_alike(workdir, undisturbed(STEPS), STEPS)
 
 
+@pytest.mark.slow
 def test_a_limit_on_files_costs_no_good_checkpoint(tmp_path, start, undisturbed):
     workdir = tmp_path / "run"
     process = start(*VICTIM, workdir)
@@ -380,6 +397,7 @@ def test_a_read_only_workdir_is_refused_before_training(small_disk, tmp_path, ca
     assert one_line(capsys.readouterr().err) == expected
 
 
+@pytest.mark.slow
 def test_al_rnn_through_the_command_line(tmp_path, start, environment, capsys):
     """SIGKILL, SIGTERM while it trains and SIGTERM while it analyses, a second run in its folder between them."""
     whole, workdir = tmp_path / "whole", tmp_path / "run"

@@ -49,7 +49,7 @@ class Transformer(nn.Module):
     @nn.compact
     def __call__(self, tokens):
         x = nn.Embed(VOCABULARY, WIDTH)(tokens)
-        x = Stack(Block, 2, {"width": WIDTH})(x, nn.make_causal_mask(tokens))
+        x = Stack(Block, 2, {"width": WIDTH}, scan=True)(x, nn.make_causal_mask(tokens))
         return nn.Dense(VOCABULARY)(x)
 
 
@@ -74,7 +74,7 @@ def train(workdir, steps, nan_from=None):
     def loss_fn(params, extra, batch, key):
         tokens, weight = batch
         inputs = jnp.where(jax.random.bernoulli(key, 0.1, tokens.shape), 0, tokens)  # so that the keys matter
-        logits = model.apply(params, inputs[:, :-1])
+        logits = jnp.asarray(model.apply(params, inputs[:, :-1]))
         chosen = jnp.take_along_axis(nn.log_softmax(logits), tokens[:, 1:, None], -1)
         return -weight * jnp.mean(chosen), (extra, {})
 
@@ -109,7 +109,7 @@ def train(workdir, steps, nan_from=None):
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("workdir", type=Path)
-    parser.add_argument("--steps", type=int, default=36)
+    parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--nan-from", type=int)
     options = parser.parse_args()
     try:

@@ -1,0 +1,393 @@
+"""Nonlinear recurrences h_t = f(h_{t-1}, x_t) solved for all t at once, by Newton's method.
+
+All states together are the unknown of one system, r_t(h) = f(h_{t-1}, x_t) - h_t = 0. Newton's step for it is an
+affine recurrence,
+
+    delta_t = J_t delta_{t-1} + r_t,    J_t = df/dh (h_{t-1}, x_t),    h <- h + delta,
+
+which `affine_scan` solves in parallel (DEER, arXiv 2309.12252; ParaRNN, arXiv 2510.21450, Sec. 2). After k steps the
+first k states are exact, so that it always ends; how early depends on f: a recurrence that is linear in h takes one
+step, one that forgets its past takes a few, a chaotic one takes about as many as there are states.
+
+The structure of J decides the cost: diagonal (the channels of f do not mix), blocks, dense. "quasi" takes the diagonal
+of a dense J in its place (quasi-DEER, arXiv 2407.19115): cheaper steps, more of them, the same solution.
+
+Derivatives are those of the solution, not of the iteration: differentiating r = 0 gives
+
+    dh_t = J_t dh_{t-1} + (df/dx_t) dx_t + (df/dparams) dparams,
+
+one more affine recurrence with the exact J at the solution, and its transpose in reverse mode. No iterate is kept.
+Forward mode, reverse mode and any nesting of the two work; f may close over arrays that are differentiated.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
+
+from jaxpapers.ops.scan import affine_scan, affine_scan_sharded
+
+AnyArray = Array | np.ndarray
+Step = Callable[[Array, Any], Array]  # (state, input) -> state, of one time and one sequence
+Jacobian = Callable[[Array, Any], Array]
+
+STRUCTURES = ("diagonal", "block", "dense", "quasi")
+METHODS = ("auto", "sequential", "parallel", "chunked")
+STATE_AXES = {"diagonal": 1, "block": 2, "dense": 1, "quasi": 1}
+FALLBACKS = (None, "sequential")
+
+
+class Solution(NamedTuple):
+    """States of a recurrence, and how they were found.
+
+    Attributes:
+        states: (time, *batch, *state).
+        residuals: (max_iterations + 1,) largest |f(h_{t-1}, x_t) - h_t| of the guess and after each iteration; NaN for
+            iterations that were not needed. Of the sequential method 0, then NaN.
+        iterations: done.
+        converged: whether the last residual is finite and, where there is a tolerance, at most that.
+    """
+
+    states: Shaped[Array, "..."]
+    residuals: Float[Array, "iterates"]
+    iterations: Int[Array, ""]
+    converged: Bool[Array, ""]
+
+
+def solve_recurrence(
+    f: Step,
+    xs: PyTree[Shaped[AnyArray, "..."]],
+    h0: Shaped[AnyArray, "..."],
+    *,
+    structure: str,
+    jacobian: Jacobian | None = None,
+    guess: Shaped[AnyArray, "..."] | None = None,
+    max_iterations: int = 3,
+    tolerance: float = 0.0,
+    damping: float = 1.0,
+    trust: float = 0.0,
+    fallback: str | None = None,
+    method: str = "auto",
+    mesh: Mesh | None = None,
+) -> Solution:
+    """Solves h_t = f(h_{t-1}, x_t), t = 1..L.
+
+    Args:
+        f: one step of one sequence, `(state, input) -> state`; it is vectorised over time and batch here. States are
+            (D,), or (k, n) for "block": n channels of k numbers each, which may mix inside a channel alone.
+        xs: inputs, a tree of arrays (time, *batch, ...).
+        h0: (*batch, *state), the state before the first input.
+        structure: of df/dh: "diagonal", "block", "dense", or "quasi" (f is dense, the iteration uses the diagonal).
+            It is believed: `check_structure` tells whether it is true.
+        jacobian: `(state, input) -> df/dh` in closed form, of one step of one sequence: (D,) for diagonal and quasi,
+            (k, k, n) for block, (D, D) for dense, output before input. None: by forward differentiation, in
+            1, k, or D products.
+        guess: (time, *batch, *state) to start from, such as the solution of a neighbouring problem. None: f(0, x_t)
+            (ParaRNN, Eq. A.1).
+        max_iterations: of Newton's method. Three are enough for ParaRNN's cells.
+        tolerance: stop when the largest |residual| is at most this; 0: always `max_iterations`.
+        damping: h <- h + damping * delta, in (0, 1].
+        trust: lambda >= 0 of a Levenberg-Marquardt term that holds the steps back where products of |J| > 1 would blow
+            them up: delta is the filtered mean of the model delta_t = J_t delta_{t-1} + r_t + noise of variance 1,
+            observed to be 0 with noise of variance 1 / lambda (ELK, arXiv 2407.19115). Diagonal and quasi only. The
+            solution stays what it was; more iterations are needed.
+        fallback: "sequential": where the iteration has not converged, the states are computed one after the other.
+        method: "sequential" (one step of f after the other, no iteration), or how the affine recurrences are solved:
+            "parallel" (`lax.associative_scan`), "chunked". "auto": sequential on CPU, elsewhere chunked.
+        mesh: split the time axis over the mesh axis `seq`; xs (and guess) lie there so, h0 on every device.
+
+    Returns:
+        The solution. Its states can be differentiated with respect to xs, h0 and what f closes over; the
+        derivatives are exact where the states are.
+
+    Raises:
+        ValueError: unknown names; options out of their range; shapes that do not fit.
+    """
+    _check_options(structure, method, max_iterations, tolerance, damping, trust, fallback)
+    xs, h0 = jax.tree.map(jnp.asarray, (xs, h0))
+    batch, state = _split_shape(h0, xs, structure)
+    one = (
+        jax.ShapeDtypeStruct(state, h0.dtype),
+        jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1 + len(batch) :], x.dtype), xs),
+    )
+    out = jax.eval_shape(f, *one)
+    if (out.shape, out.dtype) != (state, h0.dtype):
+        raise ValueError(f"f maps a state {state} of {h0.dtype} to {out.shape} of {out.dtype}")
+    # What the functions close over becomes an argument, so that derivatives reach it.
+    step, step_constants = jax.closure_convert(f, *one)
+    exact: Callable = _forward_jacobian(step, "dense" if structure == "quasi" else structure)
+    if jacobian is None:
+        used: Callable = _diagonal_of(exact) if structure == "quasi" else exact
+        used_constants = step_constants
+    else:
+        used, used_constants = jax.closure_convert(jacobian, *one)
+        exact = exact if structure == "quasi" else used
+    cell = _Cell(
+        step=functools.partial(_over, step, 1 + len(batch)),
+        one_step=functools.partial(_over, step, len(batch)),
+        jacobian=functools.partial(_over, used, 1 + len(batch)),
+        exact=functools.partial(_over, exact, 1 + len(batch)),
+        # The derivatives' Jacobian is the cell's own, unless that is an approximation.
+        exact_is_own=exact is used,
+        structure="diagonal" if structure == "quasi" else structure,
+        exact_structure="dense" if structure == "quasi" else structure,
+    )
+    solver: Callable = functools.partial(affine_scan, method=method)
+    if mesh is not None:
+        solver = functools.partial(affine_scan_sharded, method=method, mesh=mesh)
+    newton = _Newton(max_iterations, tolerance, damping, trust, solver)
+    return _solution(cell, newton, method, fallback, (step_constants, used_constants), xs, h0, guess)
+
+
+class _Cell(NamedTuple):
+    """The step and its Jacobians, over all times and sequences: `(prev, xs, constants) -> array`."""
+
+    step: Callable
+    one_step: Callable  # over sequences alone
+    jacobian: Callable
+    exact: Callable
+    exact_is_own: bool
+    structure: str
+    exact_structure: str
+
+
+class _Newton(NamedTuple):
+    """The iteration's options; `scan(J, r, initial, structure=...)` solves an affine recurrence."""
+
+    max_iterations: int
+    tolerance: float
+    damping: float
+    trust: float
+    scan: Callable
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3))
+def _solution(
+    cell: _Cell,
+    newton: _Newton,
+    method: str,
+    fallback: str | None,
+    constants: tuple,
+    xs: PyTree,
+    h0: Array,
+    guess: Array | None,
+) -> Solution:
+    def one_by_one(constants: tuple, xs: PyTree, h0: Array) -> Array:
+        def body(h: Array, x: PyTree) -> tuple[Array, Array]:
+            h = cell.one_step(h, x, constants[0])
+            return h, h
+
+        return lax.scan(body, h0, xs)[1]
+
+    def sequential(constants: tuple, xs: PyTree, h0: Array, guess: Array | None) -> Solution:
+        states = one_by_one(constants, xs, h0)
+        residuals = jnp.full(newton.max_iterations + 1, jnp.nan, jnp.float32).at[0].set(0.0)
+        return Solution(states, residuals, jnp.zeros((), jnp.int32), jnp.isfinite(states).all())
+
+    iterate = functools.partial(_iterate, cell, newton)
+    if method == "sequential":
+        return sequential(constants, xs, h0, guess)
+    if method == "auto":
+        return lax.platform_dependent(constants, xs, h0, guess, cpu=sequential, default=iterate)
+    found = iterate(constants, xs, h0, guess)
+    if fallback is None:
+        return found
+    states = lax.cond(found.converged, lambda *_: found.states, one_by_one, constants, xs, h0)
+    return found._replace(states=states)
+
+
+@_solution.defjvp
+def _solution_jvp(
+    cell: _Cell, newton: _Newton, method: str, fallback: str | None, primals: tuple, tangents: tuple
+) -> tuple[Solution, Solution]:
+    constants, xs, h0, _ = primals
+    # A call of `_solution`, so that this rule can be differentiated in its turn.
+    found = _solution(cell, newton, method, fallback, *primals)
+    prev = _previous(found.states, h0)
+    J = cell.exact(prev, xs, constants[1] if cell.exact_is_own else constants[0])
+
+    def forced(step_constants: Any, xs: PyTree) -> Array:
+        return cell.step(prev, xs, step_constants)
+
+    _, change = jax.jvp(forced, (constants[0], xs), (tangents[0][0], tangents[1]))
+    moved = newton.scan(J, change, tangents[2], structure=cell.exact_structure)
+    return found, jax.tree.map(_zero_tangent, found)._replace(states=moved)
+
+
+def _iterate(cell: _Cell, newton: _Newton, constants: tuple, xs: PyTree, h0: Array, guess: Array | None) -> Solution:
+    def residual(h: Array) -> Array:
+        return cell.step(_previous(h, h0), xs, constants[0]) - h
+
+    def size(r: Array) -> Array:
+        return jnp.max(jnp.abs(r), initial=0.0).astype(jnp.float32)
+
+    def unfinished(loop: tuple) -> Array:
+        iteration, _, r, _ = loop
+        return (iteration < newton.max_iterations) & (size(r) > newton.tolerance)  # NaN compares as False: it stops
+
+    def body(loop: tuple) -> tuple:
+        iteration, h, r, sizes = loop
+        J = cell.jacobian(_previous(h, h0), xs, constants[1])
+        if newton.trust:
+            J, r = _held_back(J, r, newton.trust)
+        h = h + newton.damping * newton.scan(J, r, None, structure=cell.structure)
+        r = residual(h)
+        return iteration + 1, h, r, sizes.at[iteration + 1].set(size(r))
+
+    steps = jax.tree.leaves(xs)[0].shape[0]
+    if guess is None:
+        guess = cell.step(jnp.zeros((steps, *h0.shape), h0.dtype), xs, constants[0])
+    start = jnp.broadcast_to(guess, (steps, *h0.shape)).astype(h0.dtype)
+    r = residual(start)
+    sizes = jnp.full(newton.max_iterations + 1, jnp.nan, jnp.float32).at[0].set(size(r))
+    iterations, h, r, sizes = lax.while_loop(unfinished, body, (jnp.zeros((), jnp.int32), start, r, sizes))
+    last = size(r)
+    converged = jnp.isfinite(last) & ((last <= newton.tolerance) if newton.tolerance else True)
+    return Solution(h, sizes, iterations, converged)
+
+
+def _over(function: Callable, axes: int, prev: Array, xs: PyTree, constants: Any) -> Array:
+    """A function of one step and one sequence, over the leading axes of states and inputs."""
+
+    def mapped(prev: Array, x: PyTree) -> Array:
+        return function(prev, x, *constants)
+
+    for _ in range(axes):
+        mapped = jax.vmap(mapped)
+    return mapped(prev, xs)
+
+
+def _previous(states: Array, h0: Array) -> Array:
+    """h_0..h_{L-1} of the states h_1..h_L."""
+    return jnp.concatenate([h0[None], states[:-1]])
+
+
+def _forward_jacobian(step: Callable, structure: str) -> Callable:
+    """df/dh of one step by forward differentiation, in the layout of `affine_scan`."""
+
+    def jacobian(h: Array, x: Any, *constants: Any) -> Array:
+        def along(direction: Array) -> Array:
+            return jax.jvp(lambda h: step(h, x, *constants), (h,), (direction,))[1]
+
+        if structure == "diagonal":
+            return along(jnp.ones_like(h))
+        if structure == "block":
+            # Column i of every block at once: the channels do not mix.
+            directions = jnp.eye(h.shape[0], dtype=h.dtype)[:, :, None] * jnp.ones_like(h)
+            return jnp.moveaxis(jax.vmap(along)(directions), 0, 1)
+        return jax.vmap(along, out_axes=1)(jnp.eye(h.shape[0], dtype=h.dtype))
+
+    return jacobian
+
+
+def _diagonal_of(jacobian: Callable) -> Callable:
+    return lambda h, x, *constants: jnp.diagonal(jacobian(h, x, *constants))
+
+
+def _held_back(J: Array, r: Array, trust: float) -> tuple[Array, Array]:
+    """The Kalman filter of delta_t = J_t delta_{t-1} + r_t + N(0, 1), observed as 0 + N(0, 1 / trust), as a recurrence.
+
+    With the variance p_t of what is known of delta_t, and q_t = J_t^2 p_{t-1} + 1 of what is predicted,
+
+        p_t = q_t / (1 + trust q_t),    mean_t = (J_t mean_{t-1} + r_t) / (1 + trust q_t),
+
+    so that p_t is a fractional linear function of p_{t-1}: products of 2 x 2 matrices, one associative scan.
+    """
+    square = jnp.square(J)
+    ones = jnp.ones_like(J)
+    matrices = (square, ones, trust * square, (1 + trust) * ones)  # p -> (a p + b) / (c p + d)
+
+    def compose(earlier: tuple, later: tuple) -> tuple:
+        (a, b, c, d), (e, f, g, h) = earlier, later
+        product = (e * a + f * c, e * b + f * d, g * a + h * c, g * b + h * d)
+        scale = 1 / (product[2] + product[3])  # the function does not change, and the numbers stay finite
+        return tuple(entry * scale for entry in product)
+
+    _, b, _, d = lax.associative_scan(compose, matrices)
+    before = jnp.concatenate([jnp.zeros_like(J[:1]), (b / d)[:-1]])  # delta_0 = 0 is known
+    weight = 1 / (1 + trust * (square * before + 1))
+    return weight * J, weight * r
+
+
+def _zero_tangent(value: Array) -> Any:
+    if jnp.issubdtype(value.dtype, jnp.inexact):
+        return jnp.zeros_like(value)
+    return np.zeros(value.shape, jax.dtypes.float0)
+
+
+def check_structure(f: Step, x: PyTree[Shaped[AnyArray, "..."]], h: Shaped[AnyArray, "*state"], structure: str) -> None:
+    """Raises if df/dh at a state and an input has entries outside of the declared structure.
+
+    For tests of a cell, on a few random states and inputs: a solver that is told too little iterates on and on, or ends
+    with the right states and wrong derivatives.
+
+    Args:
+        f: one step, `(state, input) -> state`.
+        x: one input.
+        h: one state.
+        structure: "diagonal" or "block"; every f is dense.
+
+    Raises:
+        ValueError: it has; or an unknown structure.
+    """
+    if structure not in STRUCTURES:
+        raise ValueError(f"structure {structure!r} is unknown, expected one of {STRUCTURES}")
+    if h.ndim != STATE_AXES[structure]:
+        raise ValueError(f"a state of {structure!r} has {STATE_AXES[structure]} axes, got shape {h.shape}")
+    full = jax.jacfwd(f)(jnp.asarray(h), x)
+    if structure == "diagonal":
+        outside = full - jnp.diag(jnp.diagonal(full))
+    elif structure == "block":
+        outside = full * (1 - jnp.eye(h.shape[1]))[None, :, None, :]
+    else:
+        return
+    worst = float(jnp.max(jnp.abs(outside)))
+    if worst > 0:
+        raise ValueError(f"df/dh is not {structure!r}: an entry outside of the structure is {worst:.3g}")
+
+
+def _check_options(
+    structure: str,
+    method: str,
+    max_iterations: int,
+    tolerance: float,
+    damping: float,
+    trust: float,
+    fallback: str | None,
+) -> None:
+    for name, value, known in (
+        ("structure", structure, STRUCTURES),
+        ("method", method, METHODS),
+        ("fallback", fallback, FALLBACKS),
+    ):
+        if value not in known:
+            raise ValueError(f"{name} {value!r} is unknown, expected one of {known}")
+    if max_iterations < 1:
+        raise ValueError(f"max_iterations must be at least 1, got {max_iterations}")
+    if not tolerance >= 0 or not 0 < damping <= 1 or not trust >= 0:
+        raise ValueError(
+            f"expected tolerance >= 0, 0 < damping <= 1 and trust >= 0, got {tolerance}, {damping} and {trust}"
+        )
+    if trust and structure not in ("diagonal", "quasi"):
+        raise ValueError(f"trust needs a diagonal or quasi structure, got {structure!r}")
+
+
+def _split_shape(h0: AnyArray, xs: PyTree, structure: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(batch, state) axes of h0, which the inputs must share."""
+    axes = STATE_AXES[structure]
+    leaves = jax.tree.leaves(xs)
+    batch, state = h0.shape[: h0.ndim - axes], h0.shape[h0.ndim - axes :]
+    lengths = {leaf.shape[0] for leaf in leaves if leaf.ndim}
+    fits = all(leaf.shape[1 : 1 + len(batch)] == batch for leaf in leaves)
+    if len(state) != axes or len(lengths) != 1 or not fits or not jnp.issubdtype(h0.dtype, jnp.floating):
+        raise ValueError(
+            f"xs {[leaf.shape for leaf in leaves]} must be (time, *batch, ...) with one length, and h0 {h0.shape} of "
+            f"{h0.dtype} floats (*batch, *state), with {axes} state axes for {structure!r}"
+        )
+    return batch, state

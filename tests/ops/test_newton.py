@@ -1,0 +1,303 @@
+"""Recurrences solved by Newton's method against one step after the other: states, derivatives, diagnostics."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.sharding import Mesh
+
+from jaxpapers.ops.newton import check_structure, solve_recurrence
+
+LENGTH, BATCH, WIDTH = 24, 2, 4
+TIGHT = {"max_iterations": LENGTH, "tolerance": 1e-13}
+
+
+def diagonal(params, h, x):
+    """A gated unit for each channel."""
+    gate = jax.nn.sigmoid(params[0] * h + x)
+    return (1 - gate) * h + gate * jnp.tanh(params[1] * h - x)
+
+
+def block(params, h, x):
+    """Two numbers a channel that mix: state (2, n)."""
+    c, y = h
+    c = jnp.tanh(params[0, :2] * y + x[0]) * 0.9 + 0.3 * c
+    return jnp.stack([c, jnp.tanh(c * params[1, :2] - 0.5 * y + x[1])])
+
+
+def dense(params, h, x):
+    return jnp.tanh(params @ h + x)
+
+
+CELLS = {"diagonal": diagonal, "block": block, "dense": dense, "quasi": dense}
+STATE = {"diagonal": (WIDTH,), "block": (2, 2), "dense": (WIDTH,), "quasi": (WIDTH,)}
+CASES = [(structure, method) for structure in CELLS for method in ("sequential", "parallel")] + [("block", "chunked")]
+
+
+def problem(structure, length=LENGTH, batch=(BATCH,), scale=0.5, seed=0):
+    rng = np.random.default_rng(seed)
+    params = scale * rng.normal(size=(WIDTH, WIDTH))
+    xs = rng.normal(size=(length, *batch, *STATE[structure]))
+    return params, xs, rng.normal(size=(*batch, *STATE[structure]))
+
+
+def one_by_one(structure, params, xs, h0):
+    def body(h, x):
+        h = jax.vmap(partial(CELLS[structure], params))(h, x)
+        return h, h
+
+    return lax.scan(body, h0, xs)[1]
+
+
+def solve(structure, params, xs, h0, **options):
+    return solve_recurrence(lambda h, x: CELLS[structure](params, h, x), xs, h0, structure=structure, **options)
+
+
+@pytest.mark.parametrize(("structure", "method"), CASES)
+def test_states_and_derivatives_are_those_of_the_loop(structure, method):
+    arrays = problem(structure)
+    weights = np.random.default_rng(1).normal(size=arrays[1].shape)
+    directions = [np.random.default_rng(2).normal(size=array.shape) for array in arrays]
+    with jax.enable_x64(True):
+
+        def scalar(solver):
+            return lambda *arrays: jnp.sum(weights * jnp.sin(solver(*arrays)))
+
+        def everything(solver):
+            def run(*arrays):
+                gradient = jax.grad(scalar(solver), (0, 1, 2))
+                return solver(*arrays), *jax.jvp(
+                    gradient, arrays, tuple(directions)
+                )  # second order: forward on reverse
+
+            return jax.jit(run)
+
+        expected = everything(partial(one_by_one, structure))(*arrays)
+        options = {} if method == "sequential" else TIGHT
+        mine = everything(lambda *arrays: solve(structure, *arrays, method=method, **options).states)(*arrays)
+    # The states are solved to 1e-13, and the derivatives are sums of about 50 of them.
+    for one, other in zip(jax.tree.leaves(mine), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("structure", ["diagonal", "block", "dense"])
+def test_a_closed_form_jacobian_serves_as_well(structure):
+    params, xs, h0 = problem(structure)
+
+    def closed_form(params, h, x):
+        full = jax.jacrev(partial(CELLS[structure], params))(h, x)
+        if structure == "diagonal":
+            return jnp.diagonal(full)
+        return jnp.einsum("aibi->abi", full) if structure == "block" else full
+
+    def loss(params, given):
+        jacobian = partial(closed_form, params) if given else None
+        return jnp.sum(solve(structure, params, xs, h0, jacobian=jacobian, method="parallel", **TIGHT).states ** 3)
+
+    with jax.enable_x64(True):
+        first = jax.grad(loss)
+        second = jax.grad(lambda params, given: jnp.sum(first(params, given) ** 2))
+        for derivative in (first, second):
+            mine, other = (jax.jit(derivative, static_argnums=1)(params, given) for given in (True, False))
+            np.testing.assert_allclose(mine, other, rtol=1e-9, atol=1e-11)
+
+
+def test_after_k_iterations_the_first_k_states_are_exact():
+    params, xs, h0 = problem("dense", scale=1.5)
+    with jax.enable_x64(True):
+        expected = one_by_one("dense", params, xs, h0)
+        for iterations in (1, 2, 5, 9):
+            states = solve("dense", params, xs, h0, max_iterations=iterations, method="parallel").states
+            # The guess f(0, x) makes no state exact here, as h0 is not 0; each iteration adds one.
+            np.testing.assert_allclose(states[:iterations], expected[:iterations], rtol=1e-10, atol=1e-12)
+            assert float(jnp.abs(states - expected).max()) > 1e-6
+
+
+def test_a_recurrence_that_is_linear_takes_one_iteration():
+    params, xs, h0 = problem("dense")
+    found = solve_recurrence(
+        lambda h, x: jnp.float32(params) @ h + x,
+        jnp.float32(xs),
+        jnp.float32(h0),
+        structure="dense",
+        method="parallel",
+        tolerance=1e-5,
+        max_iterations=9,
+    )
+    assert int(found.iterations) == 1
+    assert bool(found.converged)
+    np.testing.assert_array_equal(np.isnan(found.residuals), [False] * 2 + [True] * 8)
+
+
+def test_from_the_solution_nothing_moves():
+    params, xs, h0 = problem("block")
+    with jax.enable_x64(True):
+        states = solve("block", params, xs, h0, method="parallel", **TIGHT).states
+        again = solve("block", params, xs, h0, guess=states, method="parallel", tolerance=1e-12)
+        assert int(again.iterations) == 0
+        np.testing.assert_array_equal(again.states, states)
+
+
+@pytest.mark.parametrize("structure", ["diagonal", "block", "dense"])
+def test_one_step_is_one_step_without_batch(structure):
+    params, xs, h0 = problem(structure, length=1, batch=())
+    with jax.enable_x64(True):
+        states = solve(structure, params, xs, h0, method="parallel").states
+        np.testing.assert_allclose(states[0], CELLS[structure](params, h0, xs[0]), rtol=1e-12)
+
+
+def test_the_quasi_newton_takes_more_iterations_to_the_same_states():
+    params, xs, h0 = problem("dense")
+    with jax.enable_x64(True):
+        exact, quasi = (
+            solve(structure, params, xs, h0, method="parallel", **TIGHT) for structure in ("dense", "quasi")
+        )
+    np.testing.assert_allclose(quasi.states, exact.states, atol=1e-11)
+    assert int(exact.iterations) < int(quasi.iterations) <= LENGTH
+
+
+def explosive(h, x):
+    """Slopes up to 6 at every step: products of hundreds of them overflow float32."""
+    return jnp.sin(6 * h + x)
+
+
+def test_divergence_is_reported_and_the_loop_falls_in_on_request():
+    xs = jnp.asarray(np.random.default_rng(3).normal(size=(400, 2)), jnp.float32)
+    options = {"structure": "diagonal", "method": "parallel", "max_iterations": 10, "tolerance": 1e-4}
+    alone = jax.jit(lambda xs: solve_recurrence(explosive, xs, jnp.zeros(2), **options))(xs)
+    assert not bool(alone.converged)
+    helped = jax.jit(lambda xs: solve_recurrence(explosive, xs, jnp.zeros(2), fallback="sequential", **options))(xs)
+    assert not bool(helped.converged)  # the diagnostics stay those of the iteration
+    expected = solve_recurrence(explosive, xs, jnp.zeros(2), structure="diagonal", method="sequential").states
+    np.testing.assert_array_equal(helped.states, expected)
+
+
+def test_trust_holds_steps_back_that_would_blow_up():
+    xs = jnp.asarray(np.random.default_rng(3).normal(size=(200, 2)), jnp.float32)
+    options = {"structure": "diagonal", "method": "parallel", "max_iterations": 8}
+    bold = solve_recurrence(explosive, xs, jnp.zeros(2), **options)
+    careful = solve_recurrence(explosive, xs, jnp.zeros(2), trust=1.0, **options)
+    # sin is at most 1, so are the states: iterates far beyond are the blow-up.
+    assert not float(jnp.abs(bold.states).max()) < 1e3
+    assert float(jnp.abs(careful.states).max()) < 10
+    params, xs, h0 = problem("diagonal")
+    with jax.enable_x64(True):
+        options = {"method": "parallel", "max_iterations": 200, "tolerance": 1e-12}
+        held = solve("diagonal", params, xs, h0, trust=0.5, **options)
+        np.testing.assert_allclose(held.states, one_by_one("diagonal", params, xs, h0), atol=1e-11)
+        assert int(held.iterations) > int(solve("diagonal", params, xs, h0, **options).iterations)
+
+
+def test_trust_is_the_kalman_filter_of_the_textbook():
+    from jaxpapers.ops.newton import _held_back
+
+    J, r = np.random.default_rng(0).normal(size=(2, 30))
+    trust, mean, variance, expected = 0.7, 0.0, 0.0, []
+    for slope, drift in zip(J, r, strict=True):
+        predicted, spread = slope * mean + drift, slope**2 * variance + 1
+        gain = spread / (spread + 1 / trust)
+        mean, variance = predicted - gain * predicted, (1 - gain) * spread
+        expected.append(mean)
+    with jax.enable_x64(True):
+        J, r = _held_back(jnp.asarray(J), jnp.asarray(r), trust)
+    mean, filtered = 0.0, []
+    for slope, drift in zip(np.asarray(J), np.asarray(r), strict=True):
+        mean = slope * mean + drift
+        filtered.append(mean)
+    np.testing.assert_allclose(filtered, expected, rtol=1e-12)
+
+
+def test_damping_takes_shorter_steps():
+    params, xs, h0 = problem("diagonal")
+    whole, half = (
+        solve("diagonal", params, xs, h0, method="parallel", damping=d, max_iterations=1) for d in (1.0, 0.5)
+    )
+    zeros = jnp.zeros((LENGTH, BATCH, WIDTH))
+    start = jax.vmap(jax.vmap(partial(diagonal, params)))(zeros, jnp.asarray(xs))
+    np.testing.assert_allclose(half.states, (whole.states + start) / 2, atol=1e-6)
+
+
+def test_the_backward_pass_keeps_no_iterates():
+    params, xs, h0 = problem("diagonal", length=64)
+
+    def kept(iterations):
+        options = {"method": "parallel", "max_iterations": iterations}
+        pullback = jax.eval_shape(
+            lambda p: jax.vjp(lambda p: solve("diagonal", p, xs, h0, **options).states, p)[1], params
+        )
+        return sum(leaf.size for leaf in jax.tree.leaves(pullback))
+
+    assert kept(2) == kept(50) < 8 * xs.size
+
+
+@pytest.mark.parametrize("structure", ["diagonal", "block", "dense"])
+def test_a_sequence_on_eight_devices_gives_the_numbers_of_one(structure):
+    mesh = Mesh(np.array(jax.devices()[:8]), ("seq",))
+    params, xs, h0 = problem(structure)
+    with jax.enable_x64(True):
+
+        def loss(mesh, params, xs):
+            states = solve(structure, params, xs, h0, method="chunked", mesh=mesh, **TIGHT).states
+            return jnp.sum(states**3), states
+
+        (_, split), mine = jax.jit(jax.value_and_grad(partial(loss, mesh), (0, 1), has_aux=True))(params, xs)
+        (_, whole), other = jax.jit(jax.value_and_grad(partial(loss, None), (0, 1), has_aux=True))(params, xs)
+    np.testing.assert_allclose(split, whole, rtol=1e-11, atol=1e-12)
+    for one, two in zip(mine, other, strict=True):
+        np.testing.assert_allclose(one, two, rtol=1e-9, atol=1e-11)
+
+
+def test_jit_vmap_and_trees_of_inputs():
+    params, xs, h0 = problem("dense")
+    stacked = np.stack([params, 0.5 * params])
+
+    def run(params):
+        def step(h, inputs):
+            return jnp.tanh(params @ h + inputs["x"] * inputs["scale"])
+
+        inputs = {"x": jnp.asarray(xs), "scale": jnp.full((LENGTH, BATCH), 0.5)}
+        return solve_recurrence(step, inputs, jnp.asarray(h0), structure="dense", method="parallel", **TIGHT).states
+
+    with jax.enable_x64(True):
+        together = jax.jit(jax.vmap(run))(stacked)
+        for one, params in zip(together, stacked, strict=True):
+            np.testing.assert_allclose(one, one_by_one("dense", params, 0.5 * xs, h0), atol=1e-12)
+
+
+def test_a_wrong_structure_is_seen_by_the_check():
+    params, xs, h0 = problem("dense", batch=())
+    with pytest.raises(ValueError, match="df/dh is not 'diagonal': an entry outside of the structure is"):
+        check_structure(partial(dense, params), xs[0], h0, "diagonal")
+    check_structure(partial(dense, params), xs[0], h0, "dense")
+    params, xs, h0 = problem("block", batch=())
+    check_structure(partial(block, params), xs[0], h0, "block")
+    with pytest.raises(ValueError, match="df/dh is not 'block'"):
+        check_structure(lambda h, x: block(params, h[:, ::-1], x), xs[0], h0, "block")
+    params, xs, h0 = problem("diagonal", batch=())
+    check_structure(partial(diagonal, params), xs[0], h0, "diagonal")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"structure": "banded"}, "structure 'banded' is unknown"),
+        ({"method": "fast"}, "method 'fast' is unknown"),
+        ({"fallback": "hope"}, "fallback 'hope' is unknown"),
+        ({"max_iterations": 0}, "max_iterations must be at least 1, got 0"),
+        ({"tolerance": float("nan")}, "expected tolerance >= 0"),
+        ({"damping": 0.0}, "0 < damping <= 1"),
+        ({"structure": "dense", "trust": 1.0}, "trust needs a diagonal or quasi structure, got 'dense'"),
+        ({"h0": np.zeros((3, WIDTH), np.float32)}, r"\(time, \*batch, \.\.\.\)"),
+        ({"h0": np.zeros((BATCH, WIDTH), int)}, "int32 floats"),
+        ({"f": lambda h, x: h[:2]}, r"f maps a state \(4,\) of float32 to \(2,\)"),
+    ],
+)
+def test_bad_input_is_refused(options, message):
+    xs, h0 = np.zeros((LENGTH, BATCH, WIDTH), np.float32), np.zeros((BATCH, WIDTH), np.float32)
+    arguments = {"f": lambda h, x: h + x, "xs": xs, "h0": h0, "structure": "diagonal"} | options
+    f, xs, h0 = (arguments.pop(name) for name in ("f", "xs", "h0"))
+    with pytest.raises(ValueError, match=message):
+        solve_recurrence(f, xs, h0, **arguments)
