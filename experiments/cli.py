@@ -21,7 +21,7 @@ from jaxpapers.train import Terminated, initialize_distributed
 
 COMMANDS = ("list", "run", "plan", "report")
 # Bad input, a full disk, a missing file, a diverged training, a lost neighbour; the rest are bugs and keep a traceback.
-EXPECTED = (ValueError, OSError, FloatingPointError, jax.errors.JaxRuntimeError)
+EXPECTED = (ValueError, OSError, FloatingPointError, OverflowError, jax.errors.JaxRuntimeError)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -83,6 +83,8 @@ def _command(argv: list[str]) -> int:
         raise UsageError(f"unknown command {argv[0]!r}{nearest(argv[0], COMMANDS)}")
     arguments, rest = parser.parse_known_args(argv)
     if arguments.command == "run":
+        if arguments.slurm_option and not arguments.slurm:
+            raise UsageError("--slurm-option needs --slurm")
         if arguments.sweep or arguments.slurm:
             return _sweep(arguments, rest)
         return _run(arguments.paper, arguments, rest)
@@ -135,7 +137,12 @@ def _plan(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
 
 
 def _sweep(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
-    points = sweep_points(arguments.paper, _assignments(rest), arguments.sweep, arguments.workdir)
+    for option in ("strict", "record"):
+        if getattr(arguments, option):
+            raise UsageError(f"--{option} goes with a single run, not with a sweep")
+    points = sweep_points(
+        arguments.paper, _assignments(rest), arguments.sweep, arguments.workdir, overwrite=arguments.overwrite
+    )
     if arguments.slurm:
         jobs = submit(points, points[0].workdir.parent / "slurm", arguments.slurm_option)
         print(f"queued {len(jobs)} runs as {jobs[0].job_id.partition('_')[0]}; results in {points[0].workdir.parent}")
@@ -148,7 +155,12 @@ def _sweep(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
 
 
 def _run(target: str, arguments: argparse.Namespace, rest: Sequence[str]) -> int:
-    initialize_distributed()
+    if initialize_distributed() and jax.process_index() == 0:
+        print(
+            f"{jax.process_count()} processes train together; if one is lost the others end (exit code 134), "
+            "and the same command resumes",
+            file=sys.stderr,
+        )
     workdir, results = run_experiment(
         target, _assignments(rest), arguments.workdir, arguments.overwrite, arguments.record
     )

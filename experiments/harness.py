@@ -115,7 +115,8 @@ class Run:
           OSError: the disk has no room for the checkpoints; seen before anything is trained.
         """
         with closing(Checkpoints(self.workdir / "checkpoints" / stage)) as checkpoints:
-            _require_space(self.workdir, (checkpoints.keep + 1) * 2 * nbytes(state))  # the best parameters, too
+            size = nbytes(state) + (nbytes(state.params) if options.get("minimize") else 0)  # with the best parameters
+            _require_space(self.workdir, (checkpoints.keep + 1) * size, self.workdir / "checkpoints" / stage)
             resume_step = checkpoints.latest_step() or 0
             if resume_step:
                 self.say(f"{stage}: resuming from step {resume_step:,}")
@@ -138,7 +139,9 @@ class Run:
         return self.workdir / name
 
 
-def _require_space(folder: Path, needed: int) -> None:
+def _require_space(folder: Path, needed: int, kept: Path) -> None:
+    """Refuses a run whose checkpoints have no room, beside those of it that lie there already."""
+    needed -= sum(path.stat().st_size for path in kept.rglob("*") if path.is_file())
     free = shutil.disk_usage(folder).free
     if free < needed:
         sizes = f"its checkpoints need {needed / 2**20:.0f} MiB, {free / 2**20:.0f} MiB are free"

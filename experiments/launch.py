@@ -9,7 +9,7 @@ import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TextIO
@@ -27,7 +27,7 @@ from experiments.overrides import override
 from experiments.report import markdown
 from jaxpapers.train import json_value, make_mesh, read_metrics, sigterm_raises, write_whole
 
-LOCK = ".lock"
+LOCK, SECONDS = ".lock", ".seconds"
 CURVE_POINTS = 200
 MESH = {"data": 0, "model": 1, "seq": 1}  # of every config that has no mesh of its own; 0: all devices that are left
 
@@ -63,24 +63,27 @@ def run_experiment(
     if record and (preset != "small" or overrides):
         raise UsageError("--record keeps runs of the preset small, without overrides")
     workdir = workdir or Path("runs") / slug / preset
-    # Through JSON, so that what is compared on a resume is what was stored (tuples become lists).
-    settings = json.loads(json.dumps({"paper": slug, "preset": preset, **config.to_dict()}))
+    settings = settings_of(slug, preset, overrides)
     first = jax.process_index() == 0
     console = Console(stderr=True, soft_wrap=True, quiet=not first)
-    with sigterm_raises(), _held(workdir) if first else nullcontext():
-        _agreed(lambda: _enter(workdir, settings, overwrite))
+    with sigterm_raises(), ExitStack() as held:
+
+        def enter() -> None:
+            held.enter_context(_held(workdir))
+            _enter(workdir, settings, overwrite)
+
+        _agreed(enter)
         console.print(f"{slug}:{preset} -> {workdir}", highlight=False, markup=False)
         use_figure_style()
-        start = time.monotonic()
         mesh = mesh_of(config)
-        with _quick_compilation(preset == "smoke"):
+        with _stopwatch(workdir) as seconds, _quick_compilation(preset == "smoke"):
             measured = experiment.run(config, Run(workdir, console, mesh if mesh.size > 1 else None))
         metrics = {name: json_value(value) for name, value in measured.items()}
         results = {
             "paper": slug,
             "preset": preset,
             "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "seconds": round(time.monotonic() - start, 1),
+            "seconds": round(seconds(), 1),
             "device": f"{jax.devices()[0].device_kind} x {jax.device_count()}, {os.cpu_count()} host cores",
             "versions": {"python": platform.python_version()}
             | {name: version(name) for name in ("jaxpapers", "jax", "jaxlib", "flax", "optax", "numpy")},
@@ -91,13 +94,18 @@ def run_experiment(
         }
         if first:
             write_whole(workdir / "results.json", json.dumps(results, indent=1) + "\n")
-    if record:
+    if record and first:
         if left_out := [name for name in metrics if name.endswith("/left_out")]:
             raise UsageError(f"not recorded, as parts of the run are missing: {', '.join(left_out)}")
         write_whole(RESULTS / f"{slug}.json", (workdir / "results.json").read_bytes())
         write_whole(RESULTS / f"{slug}.png", (workdir / "figures" / f"{experiment.COVER}.png").read_bytes())
         write_whole(RESULTS / "README.md", markdown(collect(RESULTS), RESULTS))
     return workdir, results
+
+
+def settings_of(slug: str, preset: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """What config.json and results.json say of a run; through JSON, in which tuples become lists."""
+    return json.loads(json.dumps({"paper": slug, "preset": preset, **configure(slug, preset, overrides).to_dict()}))
 
 
 def configure(slug: str, preset: str, overrides: Sequence[str] = ()) -> ConfigDict:
@@ -157,6 +165,22 @@ def _quick_compilation(wanted: bool) -> Iterator[None]:
         jax.config.update("jax_disable_most_optimizations", before)
 
 
+@contextmanager
+def _stopwatch(workdir: Path) -> Iterator[Callable[[], float]]:
+    """Yields a clock of the run's seconds, those of earlier sittings included (but for what a SIGKILL cut off)."""
+    path = workdir / SECONDS
+    before, start = float(path.read_text()) if path.exists() else 0.0, time.monotonic()
+
+    def seconds() -> float:
+        return before + time.monotonic() - start
+
+    try:
+        yield seconds
+    finally:
+        if jax.process_index() == 0:
+            write_whole(path, f"{seconds():.1f}")
+
+
 def _held(workdir: Path) -> TextIO:
     """Keeps other processes out of the workdir; the system lets go of it when this process ends, however it ends."""
     try:
@@ -182,7 +206,7 @@ def _agreed(check: Callable[[], None]) -> None:
     if jax.process_index() == 0:
         try:
             check()
-        except UsageError as error:
+        except (UsageError, OSError) as error:
             refusal = str(error)
             if jax.process_count() == 1:
                 raise
@@ -217,4 +241,6 @@ def _enter(workdir: Path, settings: dict[str, Any], overwrite: bool) -> None:
                 f"{workdir} holds an unfinished run with another config (it differs in {', '.join(changed)}); "
                 "choose another --workdir, or --overwrite it"
             )
+    else:
+        (workdir / SECONDS).unlink(missing_ok=True)
     write_whole(stored, json.dumps(settings, indent=1) + "\n")

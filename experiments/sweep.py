@@ -1,12 +1,14 @@
 """Sweeps: one run for every combination of the values of some fields, here or as an array job on SLURM."""
 
 import itertools
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from experiments.catalogue import UsageError, parse_target
-from experiments.launch import configure, run_experiment
+from experiments.launch import configure, run_experiment, settings_of
+from jaxpapers.train import initialize_distributed
 
 
 class Point(NamedTuple):
@@ -16,17 +18,23 @@ class Point(NamedTuple):
       target: `slug[:preset]`.
       overrides: of all fields, swept or not.
       workdir: of this run.
+      overwrite: run it again where it has finished.
     """
 
     target: str
     overrides: tuple[str, ...]
     workdir: Path
+    overwrite: bool = False
 
     def __call__(self) -> dict[str, Any]:
-        """Runs or resumes it, and returns its results; one that has finished is left as it is."""
-        if (self.workdir / "results.json").exists():
-            return {}
-        return run_experiment(self.target, self.overrides, self.workdir)[1]
+        """Runs or resumes it, and returns its results; one that has finished with this config is left as it is."""
+        initialize_distributed()  # a job of several tasks
+        done = self.workdir / "results.json"
+        if done.exists() and not self.overwrite:
+            results = json.loads(done.read_text(encoding="utf8"))
+            if results["config"] == settings_of(*parse_target(self.target), self.overrides):
+                return results
+        return run_experiment(self.target, self.overrides, self.workdir, self.overwrite)[1]
 
     def checkpoint(self) -> Any:
         """What submitit queues when the job is preempted or runs out of time: the same, which resumes."""
@@ -35,7 +43,9 @@ class Point(NamedTuple):
         return DelayedSubmission(self)
 
 
-def sweep_points(target: str, overrides: Sequence[str], sweeps: Sequence[str], workdir: Path | None) -> list[Point]:
+def sweep_points(
+    target: str, overrides: Sequence[str], sweeps: Sequence[str], workdir: Path | None, overwrite: bool = False
+) -> list[Point]:
     """The runs of a sweep, each with its own folder below the workdir, all of them checked.
 
     Args:
@@ -43,6 +53,7 @@ def sweep_points(target: str, overrides: Sequence[str], sweeps: Sequence[str], w
       overrides: `field=value` each, for all runs.
       sweeps: `config.field=value,value,...` each; several make a grid.
       workdir: default runs/<slug>/<preset>-sweep.
+      overwrite: run finished ones again.
 
     Raises:
       UsageError: a sweep without values, or a value that its field does not take.
@@ -57,7 +68,7 @@ def sweep_points(target: str, overrides: Sequence[str], sweeps: Sequence[str], w
         axes.append([f"{field}={word}" for word in words])
     folder = workdir or Path("runs") / slug / f"{preset}-sweep"
     points = [
-        Point(f"{slug}:{preset}", (*overrides, *chosen), folder / ",".join(chosen).replace("/", "_"))
+        Point(f"{slug}:{preset}", (*overrides, *chosen), folder / ",".join(chosen).replace("/", "_"), overwrite)
         for chosen in itertools.product(*axes)
     ]
     for point in points:

@@ -1,5 +1,6 @@
 """AL-RNN's experiment, first part: data sets and recipes, training of a population, analysis of what it learned."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -7,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, PyTree
 from ml_collections import ConfigDict
 
@@ -93,6 +94,7 @@ PREDICTION_STEPS = 20
 
 
 AT_LEAST_1 = ("num_seeds", "batch_size", "updates_per_call", "evaluate_every", "lyapunov_steps")
+LARGEST = 2**31 - 1  # of whole numbers: they become int32
 # Of a recipe: field -> (its smallest value, whether that value itself is refused).
 LIMITS = {
     "latent_dim": (1, False),
@@ -122,7 +124,8 @@ def check_config(config: ConfigDict) -> None:
         if name not in RECIPES:
             raise UsageError(f"unknown system {name!r}{nearest(name, RECIPES)}")
     for field in AT_LEAST_1:
-        _require(config[field] >= 1, field, config[field], "at least 1")
+        _require(1 <= config[field] <= LARGEST, field, config[field], f"at least 1 and at most {LARGEST}")
+    _require(config.get("pad_models", 1) >= 1, "pad_models", config.get("pad_models"), "at least 1")
     for field in ("transient", "min_evaluations"):
         _require(config[field] >= 0, field, config[field], "at least 0")
     _require(abs(config.seed) < 2**31 - 1, "seed", config.seed, "a 32-bit integer")
@@ -142,7 +145,9 @@ def _check_recipe(name: str, config: ConfigDict) -> None:
     for field, (low, open_) in LIMITS.items():
         value = recipe[field]
         _require(value > low or (value == low and not open_), f"{name}.{field}", value, _bound(low, open_))
+        _require(value <= LARGEST, f"{name}.{field}", value, f"at most {LARGEST}")
     rows, dim = series_shape(name, config)
+    _require(recipe.smoothing <= rows, f"{name}.smoothing", recipe.smoothing, f"at most the {rows} rows of {name}")
     longest = {f"{name}.window": recipe.window, "the horizon of PE": PREDICTION_STEPS}
     if name == "lorenz63":
         longest |= {"newton_lengths": max(config.newton_lengths, default=1)}
@@ -216,8 +221,12 @@ def slope_sweep(recipe: ConfigDict, penalties: tuple[float, ...], num_seeds: int
     return Population(np.full(seed.size, recipe.latent_dim - dim), seed.ravel(), lambda_lin.ravel())
 
 
-def padded(population: Population, multiple: int) -> Population:
-    """Repeats the last model until the devices of a mesh can share the models evenly; the copies are dropped after."""
+def padded(population: Population, pad_models: int, mesh: Mesh | None) -> Population:
+    """Repeats the last model until the devices of a mesh can share the models evenly; the copies are dropped after.
+
+    Checkpoints hold the copies: they restore onto all numbers of devices that divide `pad_models`.
+    """
+    multiple = math.lcm(pad_models, mesh.shape["data"] if mesh else 1)
     rows = np.minimum(np.arange(-(-len(population.seed) // multiple) * multiple), len(population.seed) - 1)
     return Population(*(None if column is None else column[rows] for column in population))
 
@@ -333,7 +342,7 @@ def study(name: str, stage: str, series: np.ndarray, population: Population, con
     """Trains a population, keeps each model's checkpoint with the smallest D_stsp, and lets it run freely."""
     recipe = config[name]
     models = len(population.seed)
-    setup = set_up(series, recipe, config, padded(population, run.mesh.shape["data"] if run.mesh else 1))
+    setup = set_up(series, recipe, config, padded(population, config.get("pad_models", 1), run.mesh))
 
     def evaluate(state: TrainState) -> dict[str, Array]:
         orbits = setup.free_runs(state.params, state.extra["num_pwl"])

@@ -124,6 +124,7 @@ def get_config(preset: str = "small") -> ConfigDict:
                 "free_run": 100_000,
                 "evaluate_every": 25 * EPOCH,
                 "min_evaluations": 20,
+                "pad_models": 8,  # so that a run may go on with 1, 2, 4 or 8 devices: see `padded`
             }
         case _:
             raise ValueError(f"preset must be smoke, small or paper, got {preset!r}")
@@ -146,7 +147,7 @@ def programs(config: ConfigDict, mesh: Mesh) -> dict[str, tuple[Callable, tuple]
         if name == "lorenz63":
             populations["lorenz63_slopes"] = slope_sweep(recipe, config.slope_penalties, config.num_seeds, dim=3)
         for stage, population in populations.items():
-            setup = set_up(series, recipe, config, padded(population, mesh.shape["data"]))
+            setup = set_up(series, recipe, config, padded(population, config.get("pad_models", 1), mesh))
             shardings = state_shardings(setup.state, mesh, POPULATION_RULES)
             state, keys, data = (
                 abstract(setup.state, shardings),

@@ -5,9 +5,12 @@ is written beside it: a checkpoint that does not match its manifest was cut off,
 before is taken instead.
 """
 
+import errno
 import json
 import logging
 import math
+import os
+import re
 import shutil
 import zlib
 from pathlib import Path
@@ -22,6 +25,7 @@ from jaxpapers.train.files import write_whole
 from jaxpapers.train.mesh import path_name
 
 LOGGER = logging.getLogger(__name__)
+WHOLE = "those before it are whole"
 
 
 class CheckpointMismatch(ValueError):
@@ -59,10 +63,28 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(self._directory, item_handlers=handler, options=options)
 
     def save(self, step: int, tree: PyTree) -> None:
-        """Saves the tree as of `step`; a checkpoint of that step that exists already is kept as it is."""
+        """Saves the tree as of `step`; a checkpoint of that step that exists already is kept as it is.
+
+        Raises:
+          OSError: it cannot be written (no room, a limit); the checkpoints before it are as they were.
+        """
         if step in self._manager.all_steps():
             return
-        self._manager.save(step, args=ocp.args.StandardSave(tree))
+        if (free := shutil.disk_usage(self._directory).free) < (needed := nbytes(tree)):
+            sizes = f"it needs {needed / 2**20:.1f} MiB, {free / 2**20:.1f} MiB are free"
+            raise OSError(errno.ENOSPC, f"no room for checkpoint {step} in {self._directory}: {sizes}; {WHOLE}")
+        log = logging.getLogger("absl")
+        log.setLevel(logging.CRITICAL)  # orbax logs with its traceback, from several threads, what it also raises
+        try:
+            self._manager.save(step, args=ocp.args.StandardSave(tree))
+        except ValueError as error:
+            if not (found := re.search(r"os_error_code='(\d+)'", str(error))):
+                raise
+            code = int(found[1])
+            reason = f"checkpoint {step} cannot be written into {self._directory}: {os.strerror(code)}; {WHOLE}"
+            raise OSError(code, reason) from error
+        finally:
+            log.setLevel(logging.WARNING)
         if jax.process_index() == 0:
             write_whole(self._manifest(step), json.dumps(_sums(self._directory / str(step))))
             for path in self._directory.glob("*.manifest"):
@@ -128,7 +150,8 @@ class Checkpoints:
 
 def nbytes(tree: PyTree) -> int:
     """Bytes of all arrays of a tree, those on other processes included."""
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    number = np.dtype(float)  # a leaf that is a Python number
+    return sum(math.prod(np.shape(leaf)) * getattr(leaf, "dtype", number).itemsize for leaf in jax.tree.leaves(tree))
 
 
 def _require_same_arrays(expected: PyTree, stored: PyTree) -> None:

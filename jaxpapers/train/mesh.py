@@ -60,18 +60,25 @@ def param_specs(params: PyTree, mesh: Mesh, rules: Rules = ()) -> PyTree:
     specs = []
     for path, leaf in leaves:
         name = path_name(path)
-        matching = {pattern: spec for pattern, spec in rules if re.search(pattern, name)}
-        unused -= matching.keys()
-        if len(set(matching.values())) > 1:
-            fight = ", ".join(f"{pattern!r}: {spec}" for pattern, spec in matching.items())
+        matching = [(pattern, spec) for pattern, spec in rules if re.search(pattern, name)]
+        unused -= {pattern for pattern, _ in matching}
+        if len({_without_trailing_none(spec) for _, spec in matching}) > 1:
+            fight = ", ".join(f"{pattern!r}: {spec}" for pattern, spec in matching)
             raise ValueError(f"rules fight over {name}: {fight}")
-        spec = next(iter(matching.values()), PartitionSpec())
+        spec = matching[0][1] if matching else PartitionSpec()
         _check_fits(name, leaf.shape, spec, mesh)
         specs.append(spec)
     if unused:
         names = [path_name(path) for path, _ in leaves]
         raise ValueError(f"rules that match no parameter: {sorted(unused)}; the parameters are {_shortened(names)}")
     return jax.tree.unflatten(tree, specs)
+
+
+def _without_trailing_none(spec: PartitionSpec) -> tuple:
+    entries = list(spec)
+    while entries and entries[-1] is None:
+        entries.pop()
+    return tuple(entries)
 
 
 def _check_fits(name: str, shape: Sequence[int], spec: PartitionSpec, mesh: Mesh) -> None:
@@ -103,7 +110,8 @@ def fsdp(params: PyTree, mesh: Mesh, rules: Rules = (), axis: str = "data", min_
     for (path, leaf), spec in zip(jax.tree.leaves_with_path(params), jax.tree.leaves(specs), strict=True):
         entries = [*spec, *[None] * (leaf.ndim - len(spec))]
         free = [i for i, entry in enumerate(entries) if entry is None and leaf.shape[i] % mesh.shape[axis] == 0]
-        if free and leaf.size >= min_size:
+        split_already = any(axis == entry or axis in (entry or ()) for entry in entries)
+        if free and leaf.size >= min_size and not split_already:
             entries[max(free, key=lambda i: leaf.shape[i])] = axis
         whole.append((f"^{re.escape(path_name(path))}$", PartitionSpec(*entries)))
     return whole
@@ -206,9 +214,9 @@ def place_batch(batch: PyTree, mesh: Mesh) -> PyTree:
 def initialize_distributed(heartbeat_timeout_seconds: int = 60) -> bool:
     """Joins the other processes of the run, where the environment says that there are any.
 
-    Under `srun` with several tasks, on the hosts of a TPU slice, or with JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES
-    and JAX_PROCESS_ID set, `jax.distributed.initialize()` finds the others; elsewhere nothing happens. To be called
-    before any array is made.
+    Under `srun` with several tasks, on TPU hosts (JAX_PLATFORMS=tpu, alone or of a slice), or with
+    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID set, `jax.distributed.initialize()` finds the others;
+    elsewhere nothing happens. To be called before any array is made.
 
     Args:
       heartbeat_timeout_seconds: when a process has been silent for so long, the others end, saying so (exit code 134).
@@ -219,9 +227,9 @@ def initialize_distributed(heartbeat_timeout_seconds: int = 60) -> bool:
     """
     environment = os.environ
     by_hand = environment.get("JAX_COORDINATOR_ADDRESS")
-    hosts = environment.get("TPU_WORKER_HOSTNAMES", "").split(",")
+    on_tpu = "tpu" in environment.get("JAX_PLATFORMS", "").split(",")
     slurm = int(environment.get("SLURM_STEP_NUM_TASKS", "1"))
-    if not by_hand and slurm < 2 and len(hosts) < 2:
+    if not by_hand and slurm < 2 and not on_tpu:
         return False
     timeout = heartbeat_timeout_seconds
     if by_hand:
@@ -229,7 +237,7 @@ def initialize_distributed(heartbeat_timeout_seconds: int = 60) -> bool:
         jax.distributed.initialize(by_hand, count, index, heartbeat_timeout_seconds=timeout)
     else:
         jax.distributed.initialize(heartbeat_timeout_seconds=timeout)
-    return True
+    return jax.process_count() > 1
 
 
 def path_name(path: Sequence[Any]) -> str:

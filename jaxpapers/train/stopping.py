@@ -24,8 +24,12 @@ class Terminated(BaseException):
 def sigterm_raises() -> Iterator[None]:
     """Inside, SIGTERM raises `Terminated` in the main thread, wherever that is.
 
-    Work that would lose something by it holds the signal back with `sigterm_noted`.
+    Work that would lose something by it holds the signal back with `sigterm_noted`. With several processes nothing
+    is raised: jax's own service notes the signal, and the next training stops where all can.
     """
+    if jax.process_count() > 1:
+        yield
+        return
 
     def stop(signum: int, frame: FrameType | None) -> None:
         # Python swallows what is raised inside a finalizer: it comes again until somebody has heard it.

@@ -267,3 +267,17 @@ def test_a_population_trains_on_eight_devices_as_on_one(tmp_path):
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), eight.last_params, one.last_params
     )
+
+
+def test_a_population_restores_onto_other_numbers_of_devices(tmp_path):
+    config = experiment.get_config("smoke")
+    config.pad_models = 8
+    config.lorenz63.updates = 10
+    config.evaluate_every = 10
+    series, population = random_series("lorenz63", 400), p_sweep(config.lorenz63, config.num_seeds)
+    found = []
+    for mesh in (make_mesh(data=8), None, make_mesh(devices=jax.devices()[:2])):  # the last two restore, nothing else
+        run = Run(tmp_path, Console(quiet=True), mesh)
+        found.append(study("lorenz63", "lorenz63", series, population, config, run).last_params)
+    jax.tree.map(np.testing.assert_array_equal, found[1], found[0])
+    jax.tree.map(np.testing.assert_array_equal, found[2], found[0])

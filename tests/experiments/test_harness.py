@@ -1,6 +1,9 @@
 """The harness: targets, overrides, claims, the workdir's rules, the command line; on a toy experiment."""
 
+import itertools
 import json
+import os
+import socket
 import subprocess
 import sys
 import types
@@ -86,6 +89,28 @@ def test_a_run_that_trained_nothing_yet_takes_another_config(toy, monkeypatch):
     assert cli.main(["run", "toy", "--config.seed=1"]) == 2
     monkeypatch.setattr(launch, "load", lambda slug: TOY)
     assert cli.main(["run", "toy", "--config.seed=2"]) == 0
+
+
+def test_a_second_run_in_the_same_folder_is_refused(toy, capsys):
+    with launch._held(toy / "runs/toy/small"):
+        assert cli.main(["run", "toy"]) == 2
+        said = capsys.readouterr().err
+        assert (
+            f"runs/toy/small is in use by another run: process {os.getpid()} on {socket.gethostname()}, since" in said
+        )
+    assert cli.main(["run", "toy"]) == 0
+
+
+def test_seconds_count_all_sittings(toy, monkeypatch):
+    clock = itertools.count()
+    monkeypatch.setattr(launch.time, "monotonic", lambda: float(next(clock)))
+    monkeypatch.setitem(CRASH, "on", True)
+    assert cli.main(["run", "toy", "--config.crash=true"]) == 130
+    before = float((toy / "runs/toy/small/.seconds").read_text())
+    monkeypatch.setitem(CRASH, "on", False)
+    assert cli.main(["run", "toy", "--config.crash=true"]) == 0
+    assert before > 0
+    assert json.loads((toy / "runs/toy/small/results.json").read_text())["seconds"] > before
 
 
 def test_strict_makes_failing_claims_count(toy):

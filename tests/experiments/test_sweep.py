@@ -55,7 +55,16 @@ def test_submitit_runs_the_points_and_queues_them_again_when_preempted(toy):
     assert set(finals(toy / "swept")) == {"seed=0", "seed=1"}
     again = points[0].checkpoint()
     assert again.function is points[0]
-    assert points[0]() == {}  # it has finished
+    assert points[0]()["metrics"]["w"] == pytest.approx(0.75**6)  # it has finished
+
+
+def test_old_results_of_another_config_are_not_passed_off_as_new(toy, capsys):
+    command = ["run", "toy", "--sweep", "config.seed=0,1"]
+    assert cli.main(command) == 0
+    assert cli.main([*command, "--config.rate=0.25"]) == 2
+    assert "holds a finished run" in capsys.readouterr().err
+    assert cli.main([*command, "--config.rate=0.25", "--overwrite"]) == 0
+    assert list(finals(toy / "runs/toy/small-sweep").values()) == [pytest.approx(0.75**6)] * 2
 
 
 @pytest.mark.parametrize(
@@ -63,6 +72,9 @@ def test_submitit_runs_the_points_and_queues_them_again_when_preempted(toy):
     [
         (["--sweep", "config.seed="], "--sweep takes config.FIELD=VALUE,VALUE,..., such as config.seed=0,1,2"),
         (["--sweep", "0,1"], "--sweep takes config.FIELD=VALUE"),
+        (["--sweep", "config.seed=0,1", "--strict"], "--strict goes with a single run, not with a sweep"),
+        (["--sweep", "config.seed=0,1", "--record"], "--record goes with a single run, not with a sweep"),
+        (["--slurm-option", "gpus_per_node=1"], "--slurm-option needs --slurm"),
         (["--sweep", "config.sed=0,1"], "unknown field config.sed; did you mean 'seed'?"),
         (["--sweep", "config.seed=0,x"], "config.seed takes a whole number such as 0, not 'x'"),
         (["--sweep", "config.seed=0", "--slurm", "--slurm-option", "gpus"], "--slurm-option takes NAME=VALUE"),

@@ -129,6 +129,9 @@ def test_rules_place_parameters_and_what_the_optimizer_keeps_of_them():
     assert jax.tree.map(lambda s: s.spec, shardings.extra) == {"ema": specs, "count": P()}
     placed = place(state, shardings)
     assert placed.params["a"]["kernel"].addressable_shards[0].data.shape == (8, 3)
+    same = (*rules, ("b/kernel", P("model", None)))  # the same placement twice is no fight
+    assert param_specs(params, mesh, same) == param_specs(params, mesh, rules)
+    assert dict(fsdp(params, mesh, (("a/kernel", P("data")),), min_size=1))["^a/kernel$"] == P("data", None)
     whole = dict(fsdp(params, mesh, rules, min_size=48))
     assert whole == {"^a/bias$": P(None), "^a/kernel$": P("data", "model"), "^b/kernel$": P("model", "data")}
 
@@ -136,6 +139,7 @@ def test_rules_place_parameters_and_what_the_optimizer_keeps_of_them():
 @pytest.mark.parametrize(
     ("rules", "message"),
     [
+        ((("a/", P("model")), ("a/", P())), "rules fight over a/"),
         ((("c/kernel", P("model")),), r"rules that match no parameter: \['c/kernel'\]; the parameters are a/bias"),
         ((("a/", P("model")), ("kernel", P(None, "model"))), "rules fight over a/kernel: 'a/': .*'kernel':"),
         ((("a/bias", P(None, "model")),), r"a/bias of shape \(6,\) has fewer axes than its placement"),
@@ -171,9 +175,9 @@ def test_a_batch_is_split_over_data_alone():
     [
         ({}, None),
         ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_JOB_ID": "7"}, None),
-        ({"TPU_WORKER_HOSTNAMES": "localhost"}, None),
+        ({"JAX_PLATFORMS": "cpu"}, None),
         ({"SLURM_STEP_NUM_TASKS": "4"}, ()),
-        ({"TPU_WORKER_HOSTNAMES": "10.0.0.1,10.0.0.2"}, ()),
+        ({"JAX_PLATFORMS": "tpu,cpu"}, ()),
         (
             {"JAX_COORDINATOR_ADDRESS": "host:1234", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"},
             ("host:1234", 2, 1),
@@ -183,7 +187,8 @@ def test_a_batch_is_split_over_data_alone():
 def test_other_processes_are_joined_where_the_environment_names_them(monkeypatch, environment, expected):
     calls = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda *address, **options: calls.append(address))
-    for name in ("JAX_COORDINATOR_ADDRESS", "SLURM_STEP_NUM_TASKS", "TPU_WORKER_HOSTNAMES"):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    for name in ("JAX_COORDINATOR_ADDRESS", "SLURM_STEP_NUM_TASKS", "JAX_PLATFORMS"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)

@@ -25,7 +25,16 @@ import orbax.checkpoint as ocp
 import pytest
 
 from experiments import cli
-from jaxpapers.train import Checkpoints, NonFiniteLoss, OnDevice, Terminated, create_state, fit, make_train_step
+from jaxpapers.train import (
+    Checkpoints,
+    MetricsWriter,
+    NonFiniteLoss,
+    OnDevice,
+    Terminated,
+    create_state,
+    fit,
+    make_train_step,
+)
 
 REPOSITORY = Path(__file__).parents[2]
 VICTIM = (sys.executable, str(REPOSITORY / "tests" / "train" / "victim.py"))
@@ -334,6 +343,35 @@ def one_line(said):
     return errors[0]
 
 
+def test_a_checkpoint_without_room_leaves_those_before_it(small_disk, capfd):
+    folder = small_disk(2**19) / "checkpoints"
+    with contextlib.closing(Checkpoints(folder)) as checkpoints:
+        checkpoints.save(1, {"w": jnp.ones(1000)})
+        message = (
+            rf"no room for checkpoint 2 in {folder}: it needs 0.8 MiB, 0.\d MiB are free; those before it are whole"
+        )
+        with pytest.raises(OSError, match=message):
+            checkpoints.save(2, {"w": jax.random.normal(KEY, (200_000,))})
+    with contextlib.closing(Checkpoints(folder)) as checkpoints:
+        restored = checkpoints.restore({"w": jnp.zeros(1000)})
+        assert restored is not None
+        assert restored[0] == 1
+        np.testing.assert_array_equal(restored[1]["w"], 1.0)
+        checkpoints.save(2, restored[1])
+    assert sound_steps(folder) == [1, 2]
+    assert not any(unfinished_saves(folder))
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a device that is always full")
+def test_a_full_disk_is_an_error_for_tensorboard_too(tmp_path):
+    """It used to be the end of a thread, for which the next line of metrics waited for ever."""
+    metrics = MetricsWriter(tmp_path, "main")
+    metrics._board._py_recordio_writer._writer = open("/dev/full", "wb", buffering=0)  # noqa: SIM115
+    with pytest.raises(OSError, match="No space left on device"):
+        metrics.write(1, {"loss": 1.0})
+
+
 @pytest.mark.slow
 def test_a_disk_that_fills_up_later_costs_no_good_checkpoint(small_disk, start, undisturbed):
     disk = small_disk(6 * 2**20)
@@ -343,7 +381,7 @@ def test_a_disk_that_fills_up_later_costs_no_good_checkpoint(small_disk, start, 
     while process.poll() is None:
         fill(disk)
         time.sleep(0.01)
-    assert "No space left on device" in one_line(finish(process, 2))
+    assert "error: [Errno 28] " in one_line(finish(process, 2))
     assert 0 < sound_steps(workdir / "checkpoints")[-1] < STEPS
     (disk / "filler").unlink()
     said = finish(start(*VICTIM, workdir))
@@ -352,12 +390,16 @@ def test_a_disk_that_fills_up_later_costs_no_good_checkpoint(small_disk, start, 
 
 
 @pytest.mark.slow
-def test_a_limit_on_files_costs_no_good_checkpoint(tmp_path, start, undisturbed):
+@pytest.mark.parametrize("limit", [0, 16_000], ids=["metrics fail", "checkpoints fail"])
+def test_a_limit_on_files_costs_no_good_checkpoint(tmp_path, start, undisturbed, limit):
     workdir = tmp_path / "run"
     process = start(*VICTIM, workdir)
     wait_until(lambda: len(sound_steps(workdir / "checkpoints")) == 2, process)
-    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
-    assert "File too large" in one_line(finish(process, 2))
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    said = finish(process, 2)  # in which orbax's threads may have a word of their own
+    assert said.splitlines()[-1].startswith("error: ")
+    assert "File too large" in said.splitlines()[-1]
+    assert ("cannot be written into" in said) == bool(limit)
     assert 0 < sound_steps(workdir / "checkpoints")[-1] < STEPS
     finish(start(*VICTIM, workdir))
     assert_ended_alike(workdir, undisturbed(STEPS), STEPS)
