@@ -129,11 +129,11 @@ def fit(
         _, (state, best) = restored
     step = int(state.step)
     updates = _updates(train_step, batches, step, num_steps, steps_per_call, shardings)
-    with progress_bar(title, num_steps, step) as show, sigterm_noted() as stops_at, closing(updates):
+    with progress_bar(title, num_steps, step) as show, sigterm_noted() as stops_now, closing(updates):
         for update in updates:
             state, measured, step = update(state, key)
             last = step == num_steps
-            stops = stops_at(step)  # after the last step, too: what follows `fit` can wait for the resume
+            stops = stops_now()  # after the last step, too: what follows `fit` can wait for the resume
             logs = step % log_every == 0 or last
             evaluates = evaluate is not None and (last or bool(evaluate_every and step % evaluate_every == 0))
             saves = checkpoints is not None and (last or stops or step % checkpoint_every == 0)

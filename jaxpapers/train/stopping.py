@@ -1,5 +1,6 @@
 """SIGTERM: what SLURM, spot machines and `kill` send before they end a process for good."""
 
+import itertools
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -10,6 +11,9 @@ import jax
 from jax.experimental import multihost_utils
 
 AGAIN_S = 2.0
+# jax's service wants a number that grows from question to question and is the same on all processes. Not the step:
+# that starts again with every training of a run.
+QUESTIONS = itertools.count(1)
 
 
 class Terminated(BaseException):
@@ -44,8 +48,8 @@ def sigterm_raises() -> Iterator[None]:
 
 
 @contextmanager
-def sigterm_noted() -> Iterator[Callable[[int], bool]]:
-    """Inside, SIGTERM is noted. Yields `stops_at(step)`: whether to stop now, the same answer on all processes.
+def sigterm_noted() -> Iterator[Callable[[], bool]]:
+    """Inside, SIGTERM is noted. Yields `stops()`: whether to stop now, the same answer on all processes.
 
     With several processes jax's own service notes the signal on any of them, and chooses a step that all reach.
 
@@ -54,11 +58,13 @@ def sigterm_noted() -> Iterator[Callable[[int], bool]]:
     """
     noted = threading.Event()
 
-    def stops_at(step: int) -> bool:
-        return multihost_utils.reached_preemption_sync_point(step) if jax.process_count() > 1 else noted.is_set()
+    def stops() -> bool:
+        if jax.process_count() == 1:
+            return noted.is_set()
+        return multihost_utils.reached_preemption_sync_point(next(QUESTIONS))
 
     with _handler(lambda signum, frame: noted.set()) if jax.process_count() == 1 else nullcontext():
-        yield stops_at
+        yield stops
     if noted.is_set():  # it came after the last question
         raise Terminated("stopped by SIGTERM")
 

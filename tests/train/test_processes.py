@@ -35,10 +35,15 @@ def start(workdir, *arguments, **environment):
     )
 
 
-def start_pair(workdir, *arguments):
+def who_is_who():
+    """The environment of either process."""
     address = f"localhost:{free_port()}"
-    who = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "XLA_FLAGS": ""}
-    return [start(workdir, *arguments, JAX_PROCESS_ID=str(index), **who) for index in range(2)]
+    common = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "XLA_FLAGS": ""}
+    return [{**common, "JAX_PROCESS_ID": str(index)} for index in range(2)]
+
+
+def start_pair(workdir, *arguments):
+    return [start(workdir, *arguments, **environment) for environment in who_is_who()]
 
 
 def finish(processes, timeout=120):
@@ -102,3 +107,26 @@ def test_sigterm_to_one_stops_both_at_one_step(alone, tmp_path):
     assert max(line["step"] for line in read_metrics(tmp_path)) < STEPS
     finish(start_pair(tmp_path))
     assert_same_run(tmp_path, alone)
+
+
+@pytest.mark.slow
+def test_the_command_line_in_two_processes_stops_at_sigterm_and_goes_on(tmp_path):
+    options = ["systems=lorenz63", "lorenz63.updates=4000", "updates_per_call=10", "evaluate_every=4000"]
+    command = [sys.executable, "-m", "experiments", "run", "alrnn:smoke", f"--workdir={tmp_path / 'run'}"]
+    command += [f"--config.{option}" for option in options]
+
+    def run_pair():
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": REPOSITORY}
+        common = {**os.environ, "JAX_PLATFORMS": "cpu", **CACHE}
+        return [subprocess.Popen(command, env={**common, **who}, **pipes) for who in who_is_who()]
+
+    processes = run_pair()
+    wait_for_step(tmp_path / "run", 100)
+    processes[1].send_signal(signal.SIGTERM)
+    outputs = finish(processes, timeout=60)
+    stopped = [line for output in outputs for line in output.splitlines() if "stopped by SIGTERM" in line]
+    assert len(stopped) == 2
+    assert stopped[0] == stopped[1]  # at one step
+    outputs = finish(run_pair(), timeout=300)
+    assert "lorenz63: resuming from step" in outputs[0]
+    assert (tmp_path / "run" / "results.json").exists()

@@ -352,6 +352,7 @@ def test_a_checkpoint_without_room_leaves_those_before_it(small_disk, capfd):
         )
         with pytest.raises(OSError, match=message):
             checkpoints.save(2, {"w": jax.random.normal(KEY, (200_000,))})
+    (folder / "7.orbax-checkpoint-tmp").mkdir()  # of a process that was killed, at a step that does not come again
     with contextlib.closing(Checkpoints(folder)) as checkpoints:
         restored = checkpoints.restore({"w": jnp.zeros(1000)})
         assert restored is not None
@@ -396,9 +397,9 @@ def test_a_limit_on_files_costs_no_good_checkpoint(tmp_path, start, undisturbed,
     process = start(*VICTIM, workdir)
     wait_until(lambda: len(sound_steps(workdir / "checkpoints")) == 2, process)
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-    said = finish(process, 2)  # in which orbax's threads may have a word of their own
-    assert said.splitlines()[-1].startswith("error: ")
-    assert "File too large" in said.splitlines()[-1]
+    said = finish(process, 2)  # between words of orbax's threads, where a write fails under them
+    assert "error: [Errno 27] " in said
+    assert "File too large" in said
     assert ("cannot be written into" in said) == bool(limit)
     assert 0 < sound_steps(workdir / "checkpoints")[-1] < STEPS
     finish(start(*VICTIM, workdir))
