@@ -63,7 +63,7 @@ def _guarded(command: Any, argv: Sequence[str]) -> int:
 
 def _command(argv: list[str]) -> int:
     parser = _Parser(prog="python -m experiments", description="Runs the papers' experiments and checks their claims.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{list,run,plan,report}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar=f"{{{','.join(COMMANDS)}}}")
     listing = commands.add_parser("list", help="all papers: room, slug, title, state")
     listing.add_argument("--markdown", action="store_true", help="as the README's table")
     running = commands.add_parser("run", help="run one experiment and check its claims", description=_RUN_HELP)

@@ -87,7 +87,7 @@ class Run:
 
     Args:
       workdir: the folder; figures/, checkpoints/, metrics.jsonl and tensorboard/ lie in it.
-      console: where `say` prints.
+      console: where `say` prints; quiet on all processes but the first.
       mesh: the devices of the run; None for one device.
     """
 
@@ -99,8 +99,7 @@ class Run:
 
     def say(self, text: str) -> None:
         """Tells the person who waits what happens now."""
-        if self._writes:
-            self._console.print(text, highlight=False, markup=False)
+        self._console.print(text, highlight=False, markup=False)
 
     def fit(self, stage: str, state: TrainState, *args: Any, **options: Any) -> Fitted:
         """`jaxpapers.train.fit` with this run's checkpoints and metrics; resumes where it was stopped.

@@ -22,13 +22,12 @@ from rich.console import Console
 
 from experiments.catalogue import RESULTS, UsageError, load, parse_target
 from experiments.harness import Run, check_claims, use_figure_style
-from experiments.ledger import collect
+from experiments.ledger import collect, thinned
 from experiments.overrides import override
 from experiments.report import markdown
 from jaxpapers.train import json_value, make_mesh, read_metrics, sigterm_raises, write_whole
 
 LOCK, SECONDS = ".lock", ".seconds"
-CURVE_POINTS = 200
 MESH = {"data": 0, "model": 1, "seq": 1}  # of every config that has no mesh of its own; 0: all devices that are left
 
 
@@ -63,7 +62,7 @@ def run_experiment(
     if record and (preset != "small" or overrides):
         raise UsageError("--record keeps runs of the preset small, without overrides")
     workdir = workdir or Path("runs") / slug / preset
-    settings = settings_of(slug, preset, overrides)
+    settings = settings_of(slug, preset, config)
     first = jax.process_index() == 0
     console = Console(stderr=True, soft_wrap=True, quiet=not first)
     with sigterm_raises(), ExitStack() as held:
@@ -103,9 +102,9 @@ def run_experiment(
     return workdir, results
 
 
-def settings_of(slug: str, preset: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+def settings_of(slug: str, preset: str, config: ConfigDict) -> dict[str, Any]:
     """What config.json and results.json say of a run; through JSON, in which tuples become lists."""
-    return json.loads(json.dumps({"paper": slug, "preset": preset, **configure(slug, preset, overrides).to_dict()}))
+    return json.loads(json.dumps({"paper": slug, "preset": preset, **config.to_dict()}))
 
 
 def configure(slug: str, preset: str, overrides: Sequence[str] = ()) -> ConfigDict:
@@ -141,8 +140,7 @@ def curves(workdir: Path) -> dict[str, dict[str, list[Any]]]:
         for name in ("train/loss", *sorted({key for line in lines for key in line if key.startswith("eval/")})):
             points = [(line["step"], line[name]) for line in lines if line["stage"] == stage and name in line]
             if points:
-                kept = np.unique(np.linspace(0, len(points) - 1, CURVE_POINTS).round().astype(int))
-                points = [points[index] for index in kept]
+                points = [points[index] for index in thinned(len(points))]
                 steps, values = zip(*points, strict=True)
                 stages.setdefault(stage, {})[name] = [list(steps), [_rounded(value) for value in values]]
     return stages

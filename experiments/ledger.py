@@ -238,6 +238,11 @@ def _curves(results: dict[str, Any], workdir: Path) -> Points:
     return points
 
 
+def thinned(count: int) -> np.ndarray:
+    """Indices of at most `POINTS` of so many points of a learning curve, the first and the last among them."""
+    return np.unique(np.linspace(0, count - 1, POINTS).round().astype(int))
+
+
 def _series(curves: Points) -> list[Series]:
     """The curves that can be drawn: two points or more, the same number of models in each; the loss first."""
     chosen = []
@@ -257,7 +262,7 @@ def _series(curves: Points) -> list[Series]:
                 continue  # text, or another number of models at each step
             if len(steps) < 2 or raw.dtype == bool or raw.ndim > 2 or not np.isfinite(values).any() or drawn == PANELS:
                 continue
-            kept = np.unique(np.linspace(0, len(steps) - 1, POINTS).round().astype(int))
+            kept = thinned(len(steps))
             chosen.append(Series(stage, name, steps[kept], values[kept]))
             drawn += 1
     return chosen

@@ -32,7 +32,8 @@ class Point(NamedTuple):
         done = self.workdir / "results.json"
         if done.exists() and not self.overwrite:
             results = json.loads(done.read_text(encoding="utf8"))
-            if results["config"] == settings_of(*parse_target(self.target), self.overrides):
+            slug, preset = parse_target(self.target)
+            if results["config"] == settings_of(slug, preset, configure(slug, preset, self.overrides)):
                 return results
         return run_experiment(self.target, self.overrides, self.workdir, self.overwrite)[1]
 

@@ -1,10 +1,10 @@
 """`fit`: the one training loop of all papers."""
 
 from collections import deque
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
-from functools import partial, reduce
+from contextlib import closing, contextmanager
+from functools import cache, partial, reduce
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -128,10 +128,12 @@ def fit(
     if checkpoints and (restored := checkpoints.restore((state, best))):
         _, (state, best) = restored
     step = int(state.step)
-    updates = _updates(train_step, batches, step, num_steps, steps_per_call, shardings)
-    with progress_bar(title, num_steps, step) as show, sigterm_noted() as stops_now, closing(updates):
-        for update in updates:
-            state, measured, step = update(state, key)
+    advancing = _advancing(train_step, batches, range(step, num_steps), shardings)
+    with progress_bar(title, num_steps, step) as show, sigterm_noted() as stops_now, advancing as advance:
+        while step < num_steps:
+            length = min(steps_per_call, num_steps - step)
+            state, measured = advance(state, key, length)
+            step += length
             last = step == num_steps
             stops = stops_now()  # after the last step, too: what follows `fit` can wait for the resume
             logs = step % log_every == 0 or last
@@ -194,35 +196,28 @@ def update_program(
     return jax.jit(scan_steps(train_step, batch_at, steps_per_call), **options)
 
 
-def _updates(
-    train_step: TrainStep,
-    batches: Batches | OnDevice,
-    start: int,
-    stop: int,
-    steps_per_call: int,
-    shardings: TrainState | None,
-) -> Generator[Callable, None, None]:
-    """One function `(state, key) -> (state, metrics, step)` a call."""
-    spans = [(first, min(steps_per_call, stop - first)) for first in range(start, stop, steps_per_call)]
+@contextmanager
+def _advancing(
+    train_step: TrainStep, batches: Batches | OnDevice, steps: range, shardings: TrainState | None
+) -> Iterator[Callable]:
+    """Yields `(state, key, length) -> (state, metrics)`, which does the next `length` of these steps."""
     if isinstance(batches, OnDevice):
-        programs = {n: update_program(train_step, batches, n, shardings) for n in {n for _, n in spans}}
-        for first, length in spans:
-            yield lambda state, key, first=first, length=length: (*programs[length](state, key), first + length)
+        program = cache(lambda length: update_program(train_step, batches, length, shardings))
+        yield lambda state, key, length: program(length)(state, key)
         return
     one_step = update_program(train_step, batches, 1, shardings)
-    mesh = None if shardings is None else shardings.step.mesh
-    with closing(_prefetched(batches, range(start, stop), mesh)) as ahead:
-        for first, length in spans:
+    with closing(_prefetched(batches, steps, None if shardings is None else shardings.step.mesh)) as ahead:
 
-            def stepped(state: TrainState, key: Array, first: int = first, length: int = length) -> tuple:
-                history = []
-                for _ in range(length):
-                    state, measured = one_step(state, next(ahead), key)
-                    history.append(measured)
-                mean = jax.tree.map(lambda *values: jnp.mean(jnp.stack(values), 0), *history)
-                return state, mean if length > 1 else history[0], first + length
+        def advance(state: TrainState, key: Array, length: int) -> tuple[TrainState, Any]:
+            history = []
+            for _ in range(length):
+                state, measured = one_step(state, next(ahead), key)
+                history.append(measured)
+            if length == 1:
+                return state, history[0]
+            return state, jax.tree.map(lambda *values: jnp.mean(jnp.stack(values), 0), *history)
 
-            yield stepped
+        yield advance
 
 
 def _prefetched(batches: Batches, steps: range, mesh: Mesh | None, depth: int = 2) -> Generator[PyTree, None, None]:

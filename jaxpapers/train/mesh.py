@@ -81,11 +81,16 @@ def _without_trailing_none(spec: PartitionSpec) -> tuple:
     return tuple(entries)
 
 
+def _axes(entry: Any) -> tuple[str, ...]:
+    """The mesh axes that an entry of a placement names."""
+    return (entry,) if isinstance(entry, str) else entry or ()
+
+
 def _check_fits(name: str, shape: Sequence[int], spec: PartitionSpec, mesh: Mesh) -> None:
     if len(spec) > len(shape):
         raise ValueError(f"{name} of shape {tuple(shape)} has fewer axes than its placement {spec}")
     for size, entry in zip(shape, spec, strict=False):
-        axes = (entry,) if isinstance(entry, str) else entry or ()
+        axes = _axes(entry)
         if unknown := [axis for axis in axes if axis not in mesh.shape]:
             raise ValueError(f"{name}: the mesh has the axes {tuple(mesh.shape)}, not {unknown[0]!r}")
         if size % math.prod(mesh.shape[axis] for axis in axes):
@@ -110,7 +115,7 @@ def fsdp(params: PyTree, mesh: Mesh, rules: Rules = (), axis: str = "data", min_
     for (path, leaf), spec in zip(jax.tree.leaves_with_path(params), jax.tree.leaves(specs), strict=True):
         entries = [*spec, *[None] * (leaf.ndim - len(spec))]
         free = [i for i, entry in enumerate(entries) if entry is None and leaf.shape[i] % mesh.shape[axis] == 0]
-        split_already = any(axis == entry or axis in (entry or ()) for entry in entries)
+        split_already = any(axis in _axes(entry) for entry in entries)
         if free and leaf.size >= min_size and not split_already:
             entries[max(free, key=lambda i: leaf.shape[i])] = axis
         whole.append((f"^{re.escape(path_name(path))}$", PartitionSpec(*entries)))

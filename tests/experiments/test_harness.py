@@ -242,8 +242,8 @@ def test_every_experiment_keeps_the_contract(slug):
 @pytest.mark.parametrize("slug", [path.stem for path in sorted(catalogue.RESULTS.glob("*.json"))])
 def test_the_record_is_of_todays_config_and_claims(slug):
     record = catalogue.recorded(slug)
-    config = {"paper": slug, "preset": "small", **launch.configure(slug, "small").to_dict()}
-    assert record["config"] == json.loads(json.dumps(config)), f"run `python -m experiments run {slug} --record` again"
+    settings = launch.settings_of(slug, "small", launch.configure(slug, "small"))
+    assert record["config"] == settings, f"run `python -m experiments run {slug} --record` again"
     claims = [(claim.id, claim.statement) for claim in catalogue.load(slug).CLAIMS]
     assert [(row["id"], row["statement"]) for row in record["claims"]] == claims
     assert record["seconds"] < 15 * 60
