@@ -10,12 +10,9 @@ import sys
 from contextlib import closing
 from pathlib import Path
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from jaxpapers.nn.stack import Stack
 from jaxpapers.train import (
     Checkpoints,
     MetricsWriter,
@@ -27,73 +24,47 @@ from jaxpapers.train import (
     make_schedule,
     make_train_step,
 )
+from tests.train.tiny import Tokens, init_params, make_loss
 
-VOCABULARY, WIDTH, LENGTH, BATCH = 32, 32, 12, 8
 CHECKPOINT_EVERY, EVALUATE_EVERY = 3, 6
 
 
-class Block(nn.Module):
-    """Attention and an MLP, each on the normalised stream and added to it."""
-
-    width: int
-
-    @nn.compact
-    def __call__(self, x, mask):
-        x = x + nn.MultiHeadDotProductAttention(num_heads=2)(nn.LayerNorm()(x), mask=mask)
-        return x + nn.Dense(self.width)(nn.gelu(nn.Dense(2 * self.width)(nn.LayerNorm()(x))))
-
-
-class Transformer(nn.Module):
-    """Logits of the next token."""
-
-    @nn.compact
-    def __call__(self, tokens):
-        x = nn.Embed(VOCABULARY, WIDTH)(tokens)
-        x = Stack(Block, 2, {"width": WIDTH}, scan=True)(x, nn.make_causal_mask(tokens))
-        return nn.Dense(VOCABULARY)(x)
-
-
-class Tokens:
-    """Rows that count upwards by a stride of their own; pure functions of the step."""
+class WeightedTokens(Tokens):
+    """Tokens with a weight for their loss: 1, or NaN from a step on."""
 
     def __init__(self, nan_from=None):
+        super().__init__()
         self.nan_from = nan_from
 
     def __getitem__(self, step):
-        rng = np.random.default_rng(step)
-        start, stride = rng.integers(VOCABULARY, size=(2, BATCH, 1))
         bad = self.nan_from is not None and step >= self.nan_from
-        tokens = (start + stride * np.arange(LENGTH + 1)) % VOCABULARY
-        return tokens, np.float32(np.nan if bad else 1.0)
+        return super().__getitem__(step), np.float32(np.nan if bad else 1.0)
 
 
 def train(workdir, steps, nan_from=None):
     """One run in its folder, from the newest checkpoint."""
-    model = Transformer()
+    language_loss = make_loss(scan=True)
 
     def loss_fn(params, extra, batch, key):
         tokens, weight = batch
-        inputs = jnp.where(jax.random.bernoulli(key, 0.1, tokens.shape), 0, tokens)  # so that the keys matter
-        logits = jnp.asarray(model.apply(params, inputs[:, :-1]))
-        chosen = jnp.take_along_axis(nn.log_softmax(logits), tokens[:, 1:, None], -1)
-        return -weight * jnp.mean(chosen), (extra, {})
+        loss, measured = language_loss(params, extra, tokens, key)
+        return weight * loss, measured
 
     @jax.jit
     def evaluate(state):
         loss, _ = loss_fn(state.params, None, held_out, jax.random.key(1))
         return {"loss": loss}
 
-    held_out = Tokens()[10**6]
+    held_out = WeightedTokens()[10**6]
     optimizer = make_optimizer("adamw", make_schedule("cosine_decay_schedule", 3e-3, 1e-4, steps), clip_norm=1.0)
-    params = jax.jit(model.init)(jax.random.key(0), held_out[0][:, :-1])
     with (
         closing(Checkpoints(workdir / "checkpoints")) as checkpoints,
         closing(MetricsWriter(workdir, "main", checkpoints.latest_step() or 0)) as metrics,
     ):
         return fit(
-            create_state(params, optimizer),
+            create_state(init_params(scan=True), optimizer),
             make_train_step(loss_fn, optimizer),
-            Tokens(nan_from),
+            WeightedTokens(nan_from),
             steps,
             key=jax.random.key(2),
             log_every=1,
