@@ -11,6 +11,7 @@ points instead of 100,000 turn a D_stsp of 1 into 4.4.
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -216,7 +217,7 @@ def smoothed_power_spectrum(
     # The mean of equal numbers is off by a few roundings, which standardised would be a spectrum.
     varies = scale > 8 * jnp.finfo(x.dtype).eps * jnp.max(jnp.abs(x), axis=0)
     standard = jnp.where(varies, (x - jnp.mean(x, axis=0)) / jnp.where(varies, scale, 1), 0)
-    power = jnp.square(jnp.abs(jnp.fft.rfft(standard, axis=0)))
+    power = jnp.square(jnp.abs(_rfft(standard)))
     if sigma > 0:
         radius = int(4 * sigma + 0.5)
         gaussian = np.exp(-0.5 * np.square(np.arange(-radius, radius + 1) / sigma))
@@ -226,6 +227,30 @@ def smoothed_power_spectrum(
         power = jnp.maximum(power, 0)
     total = jnp.sum(power, axis=0)
     return power / jnp.where(total > 0, total, 1)
+
+
+def _rfft(x: Array) -> Array:
+    """`jnp.fft.rfft` over the first axis, within the memory of a TPU."""
+    return lax.platform_dependent(x, tpu=_chirp_rfft, default=partial(jnp.fft.rfft, axis=0))
+
+
+def _chirp_rfft(x: Array) -> Array:
+    """The same by FFTs whose length is a power of two (Bluestein 1970).
+
+    On a TPU the FFT of another length is a product with the DFT's matrix, 110 GB for 99,000 steps. With
+    jk = (j^2 + k^2 - (k - j)^2) / 2 the transform is a convolution with a chirp, which zeros may lengthen.
+    """
+    n = x.shape[0]
+    length = 2 ** math.ceil(math.log2(2 * n - 1))
+    squares = np.square(np.arange(n)) % (2 * n)  # the chirp's period: large arguments would lose their digits
+    exact = np.exp(-1j * np.pi * squares / n).reshape(-1, *[1] * (x.ndim - 1))
+    kernel = np.zeros((length, *exact.shape[1:]), complex)
+    kernel[:n] = exact.conj()
+    kernel[length - n + 1 :] = exact[:0:-1].conj()
+    dtype = jnp.result_type(x, jnp.complex64)
+    chirp, transfer = jnp.asarray(exact, dtype), jnp.asarray(np.fft.fft(kernel, axis=0), dtype)
+    convolved = jnp.fft.ifft(transfer * jnp.fft.fft(x * chirp, length, axis=0), axis=0)
+    return (convolved[:n] * chirp)[: n // 2 + 1]
 
 
 def power_spectrum_hellinger(

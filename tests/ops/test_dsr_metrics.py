@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxpapers.ops.dsr_metrics import (
+    _chirp_rfft,
     gmm_log_density,
     gmm_log_ratio,
     lyapunov_spectrum,
@@ -185,6 +186,17 @@ def test_golden_spectra(sigma):
         x_true, x_gen = X_TRUE.astype(float), X_GEN.astype(float)
         np.testing.assert_allclose(spectrum(x_true, sigma), GOLDEN[f"spectrum_true_{sigma}"], rtol=0, atol=1e-9)
         np.testing.assert_allclose(hellinger(x_true, x_gen, sigma), GOLDEN[f"dh_python_{sigma}"], rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("steps", [2, 3, 64, 97, 990, 4999])
+def test_the_tpus_transform_is_numpys(steps):
+    x = np.random.default_rng(steps).normal(size=(steps, 2))
+    expected = np.fft.rfft(x, axis=0)
+    with jax.enable_x64(True):
+        np.testing.assert_allclose(_chirp_rfft(jnp.asarray(x)), expected, atol=1e-10 * steps)
+    # float32: eps times the largest coefficient times the logarithm of the length, with room
+    single = _chirp_rfft(jnp.asarray(x, jnp.float32))
+    np.testing.assert_allclose(single, expected, atol=1e-5 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize(("padding", "scipy_mode"), [("symmetric", "reflect"), ("reflect", "mirror")])
