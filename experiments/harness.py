@@ -5,8 +5,6 @@ An experiment is a file `experiments/<room>/<slug>.py` with `PAPER`, `get_config
 file name; nothing registers it.
 """
 
-import errno
-import shutil
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing, nullcontext
 from pathlib import Path
@@ -115,7 +113,7 @@ class Run:
         """
         with closing(Checkpoints(self.workdir / "checkpoints" / stage)) as checkpoints:
             size = nbytes(state) + (nbytes(state.params) if options.get("minimize") else 0)  # with the best parameters
-            _require_space(self.workdir, (checkpoints.keep + 1) * size, self.workdir / "checkpoints" / stage)
+            checkpoints.require_room(size)
             resume_step = checkpoints.latest_step() or 0
             if resume_step:
                 self.say(f"{stage}: resuming from step {resume_step:,}")
@@ -136,15 +134,6 @@ class Run:
         if self._writes:
             write_whole(self.workdir / name, content)
         return self.workdir / name
-
-
-def _require_space(folder: Path, needed: int, kept: Path) -> None:
-    """Refuses a run whose checkpoints have no room, beside those of it that lie there already."""
-    needed -= sum(path.stat().st_size for path in kept.rglob("*") if path.is_file())
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        sizes = f"its checkpoints need {needed / 2**20:.0f} MiB, {free / 2**20:.0f} MiB are free"
-        raise OSError(errno.ENOSPC, f"no room for the run in {folder}: {sizes}")
 
 
 def use_figure_style() -> None:

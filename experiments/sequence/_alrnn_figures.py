@@ -102,12 +102,18 @@ def draw_spectra(studies: Mapping[str, Study]) -> Figure:
 
 
 def draw_signal(study: Study) -> Figure:
-    """A recorded signal and a free run of the best minimal model, side by side in time."""
+    """A recorded signal and a free run of the best minimal model, both without the run's transient."""
     num_pwl = MINIMAL_P[study.name]
+    reset = study.recipe.reset
+    run = f"readouts reset every {reset} rows" if reset else "free run"
     row = study.best(num_pwl)
     figure, (ax,) = figures.panels(1, width=7.0, height=2.6)
-    ax.plot(study.series[:1000, 0], color=figures.GREY, label="data")
-    ax.plot(study.orbits[row][:1000, 0], color=figures.COLOURS[0], linewidth=1, label=f"free run, P = {num_pwl}")
+    orbit = study.orbits[row][:, 0]
+    data = study.series[: len(orbit) + study.transient, 0][study.transient :]
+    rows = study.transient + np.arange(len(orbit))
+    shown = slice(min(1000, len(data)))
+    ax.plot(rows[shown], data[shown], color=figures.GREY, label="data")
+    ax.plot(rows[shown], orbit[shown], color=figures.COLOURS[0], linewidth=1, label=f"{run}, P = {num_pwl}")
     ax.set(xlabel="row", ylabel="first observable")
     ax.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 0.98), ncol=2)
     figure.suptitle(f"{TITLES[study.name]}, D_stsp {study.scores['d_stsp'][row]:.2f}", fontsize=10)

@@ -184,11 +184,8 @@ def load_series(name: str, config: ConfigDict) -> np.ndarray:
     """The system's series (time, N); simulated ones are standardised.
 
     Raises:
-      UsageError: no such system; the nearest is suggested.
       DataNotFound: the file of a recorded system is missing and cannot be downloaded.
     """
-    if name not in RECIPES:
-        raise UsageError(f"unknown system {name!r}{nearest(name, RECIPES)}")
     if name in SIMULATORS and (config.simulate or name == "lorenz96"):
         series, _, _ = standardise(SIMULATORS[name](jax.random.key(config.seed), config.num_rows))
         return np.asarray(series)
@@ -311,6 +308,7 @@ class Study(NamedTuple):
       series: (time, N).
       recipe: the system's fields of the config.
       population: which model is which.
+      transient: first rows of the free runs, dropped.
       params: leading axis models.
       last_params: the same after the last update.
       orbits: (models, time, M), free runs without their transient.
@@ -321,6 +319,7 @@ class Study(NamedTuple):
     series: np.ndarray
     recipe: ConfigDict
     population: Population
+    transient: int
     params: alrnn.ALRNNParams
     last_params: alrnn.ALRNNParams
     orbits: np.ndarray
@@ -372,7 +371,8 @@ def study(name: str, stage: str, series: np.ndarray, population: Population, con
     failed = ~np.isfinite(score) | (np.sum(evaluations, axis=0) < config.min_evaluations)
     found = jax.tree.map(lambda leaf: np.where(failed.reshape(-1, *[1] * (leaf.ndim - 1)), np.nan, leaf), found)
     found[-1]["d_h"][failed] = 1.0
-    return Study(name, series, recipe, population, *member(found, slice(models)))
+    transient = min(config.free_run, len(series)) - orbits.shape[1]
+    return Study(name, series, recipe, population, transient, *member(found, slice(models)))
 
 
 @jax.jit

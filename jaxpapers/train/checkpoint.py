@@ -70,9 +70,7 @@ class Checkpoints:
         """
         if step in self._manager.all_steps():
             return
-        if (free := shutil.disk_usage(self._directory).free) < (needed := nbytes(tree)):
-            sizes = f"it needs {needed / 2**20:.1f} MiB, {free / 2**20:.1f} MiB are free"
-            raise OSError(errno.ENOSPC, f"no room for checkpoint {step} in {self._directory}: {sizes}; {WHOLE}")
+        self._require_free(nbytes(tree), f"checkpoint {step}", WHOLE)
         log = logging.getLogger("absl")
         log.setLevel(logging.CRITICAL)  # orbax logs with its traceback, from several threads, what it also raises
         try:
@@ -91,6 +89,22 @@ class Checkpoints:
                 if not (self._directory / path.stem).exists():
                     path.unlink()
         _barrier("checkpoint written")
+
+    def require_room(self, size: int) -> None:
+        """Refuses to start what cannot be kept: `keep` checkpoints of so many bytes, and one more while it is written.
+
+        Raises:
+          OSError: the disk has less room than that, beside the checkpoints that lie there already.
+        """
+        present = sum(path.stat().st_size for path in self._directory.rglob("*") if path.is_file())
+        self._require_free(
+            max(0, (self.keep + 1) * size - present), "the checkpoints of this run", "nothing was started"
+        )
+
+    def _require_free(self, needed: int, what: str, so: str) -> None:
+        if (free := shutil.disk_usage(self._directory).free) < needed:
+            sizes = f"needed {needed / 2**20:.1f} MiB, free {free / 2**20:.1f} MiB"
+            raise OSError(errno.ENOSPC, f"no room for {what} in {self._directory}: {sizes}; {so}")
 
     def latest_step(self) -> int | None:
         """Step of the newest checkpoint, None where there is none."""

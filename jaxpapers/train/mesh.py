@@ -52,10 +52,15 @@ def param_specs(params: PyTree, mesh: Mesh, rules: Rules = ()) -> PyTree:
     """The placement of every parameter by the rules; what no rule names lies whole on every device.
 
     Raises:
-      ValueError: a rule that matches no parameter; two rules that place one parameter differently; a placement on
-        axes that the mesh lacks, or that do not divide the parameter.
+      ValueError: a rule that is no regular expression, or matches no parameter; two rules that place one parameter
+        differently; a placement on axes that the mesh lacks, or that do not divide the parameter.
     """
     leaves, tree = jax.tree.flatten_with_path(params)
+    for pattern, _ in rules:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"the rule {pattern!r} is no regular expression: {error}") from None
     unused = {pattern for pattern, _ in rules}
     specs = []
     for path, leaf in leaves:
@@ -109,7 +114,12 @@ def fsdp(params: PyTree, mesh: Mesh, rules: Rules = (), axis: str = "data", min_
 
     Returns:
       One rule a parameter: the largest axis that is free and divisible is split.
+
+    Raises:
+      ValueError: the mesh lacks the axis; as `param_specs`.
     """
+    if axis not in mesh.shape:
+        raise ValueError(f"the mesh has the axes {tuple(mesh.shape)}, not {axis!r}")
     specs = param_specs(params, mesh, rules)
     whole = []
     for (path, leaf), spec in zip(jax.tree.leaves_with_path(params), jax.tree.leaves(specs), strict=True):

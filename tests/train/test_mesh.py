@@ -134,12 +134,15 @@ def test_rules_place_parameters_and_what_the_optimizer_keeps_of_them():
     assert dict(fsdp(params, mesh, (("a/kernel", P("data")),), min_size=1))["^a/kernel$"] == P("data", None)
     whole = dict(fsdp(params, mesh, rules, min_size=48))
     assert whole == {"^a/bias$": P(None), "^a/kernel$": P("data", "model"), "^b/kernel$": P("model", "data")}
+    with pytest.raises(ValueError, match=r"the mesh has the axes \('data', 'model', 'seq'\), not 'fsdp'"):
+        fsdp(params, mesh, axis="fsdp")
 
 
 @pytest.mark.parametrize(
     ("rules", "message"),
     [
         ((("a/", P("model")), ("a/", P())), "rules fight over a/"),
+        ((("a/(", P("model")),), r"the rule 'a/\(' is no regular expression: "),
         ((("c/kernel", P("model")),), r"rules that match no parameter: \['c/kernel'\]; the parameters are a/bias"),
         ((("a/", P("model")), ("kernel", P(None, "model"))), "rules fight over a/kernel: 'a/': .*'kernel':"),
         ((("a/bias", P(None, "model")),), r"a/bias of shape \(6,\) has fewer axes than its placement"),

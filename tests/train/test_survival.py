@@ -347,9 +347,7 @@ def test_a_checkpoint_without_room_leaves_those_before_it(small_disk, capfd):
     folder = small_disk(2**19) / "checkpoints"
     with contextlib.closing(Checkpoints(folder)) as checkpoints:
         checkpoints.save(1, {"w": jnp.ones(1000)})
-        message = (
-            rf"no room for checkpoint 2 in {folder}: it needs 0.8 MiB, 0.\d MiB are free; those before it are whole"
-        )
+        message = rf"no room for checkpoint 2 in {folder}: needed 0.8 MiB, free 0.\d MiB; those before it are whole"
         with pytest.raises(OSError, match=message):
             checkpoints.save(2, {"w": jax.random.normal(KEY, (200_000,))})
     (folder / "7.orbax-checkpoint-tmp").mkdir()  # of a process that was killed, at a step that does not come again
@@ -421,7 +419,7 @@ def test_too_small_a_disk_is_refused_before_training(small_disk, capsys):
     workdir = small_disk(2**16) / "run"
     assert cli.main([*ALRNN, f"--workdir={workdir}"]) == 2
     said = capsys.readouterr().err
-    assert f"no room for the run in {workdir}: its checkpoints need" in one_line(said)
+    assert f"no room for the checkpoints of this run in {workdir}" in one_line(said)
     assert not (workdir / "metrics.jsonl").exists()
 
 
