@@ -1,14 +1,29 @@
 """Sweeps: a grid of runs, here or through submitit, each in a folder of its own."""
 
+import contextlib
 import json
+import os
+import signal
+import socket
+import subprocess
 import sys
+import time
+import types
+from pathlib import Path
+from typing import Any
 
+import jax
+import optax
 import pytest
+from submitit.core.utils import FailedJobError, pickle_load
 
 from experiments import cli, launch, sweep
 from experiments.catalogue import UsageError
-from experiments.sweep import submit, sweep_points
+from experiments.sweep import Point, submit, sweep_points
+from jaxpapers.train import OnDevice, create_state, make_train_step, read_metrics
 from tests.experiments.toy import TOY
+
+REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +47,7 @@ def test_a_grid_of_runs_one_after_another(toy, capsys):
 
 
 def test_a_stopped_sweep_goes_on_where_it_was(toy, monkeypatch):
-    ran = []
+    ran: list[object] = []
 
     def run(config, run):
         if len(ran) == 1 and config.seed == 1:
@@ -48,13 +63,11 @@ def test_a_stopped_sweep_goes_on_where_it_was(toy, monkeypatch):
     assert ran == [0, "stopped", 1, 2]
 
 
-def test_submitit_runs_the_points_and_queues_them_again_when_preempted(toy):
+def test_submitit_runs_the_points(toy):
     points = sweep_points("toy", ["rate=0.25"], ["config.seed=0,1"], toy / "swept")
     jobs = submit(points, toy / "logs", ["timeout_min=5"], cluster="debug")
     assert [job.result()["metrics"]["w"] for job in jobs] == [pytest.approx(0.75**6)] * 2
     assert set(finals(toy / "swept")) == {"seed=0", "seed=1"}
-    again = points[0].checkpoint()
-    assert again.function is points[0]
     assert points[0]()["metrics"]["w"] == pytest.approx(0.75**6)  # it has finished
 
 
@@ -98,3 +111,225 @@ def test_without_submitit_the_way_to_it_is_named(toy, monkeypatch):
     monkeypatch.setitem(sys.modules, "submitit", None)
     with pytest.raises(UsageError, match=r"pip install -e '.\[slurm\]'"):
         sweep.submit([], toy, [])
+
+
+STEPS = 20
+
+
+def noisy_run(config, run):
+    """Trains one number with noise, and notes each step and the process that made it, for good."""
+
+    def loss(params, extra, batch, key):
+        return (params["w"] - jax.random.normal(key)) ** 2, (extra, {})
+
+    def evaluate(state):
+        time.sleep(config.pause)
+        with (run.workdir / f"steps-{jax.process_index()}").open("a") as notes:
+            notes.write(f"{os.getpid()} {int(state.step)}\n")
+        return {"w": state.params["w"]}
+
+    optimizer = optax.adam(0.1)
+    fitted = run.fit(
+        "toy",
+        create_state({"w": jax.numpy.ones(())}, optimizer),
+        make_train_step(loss, optimizer),
+        OnDevice(lambda step: None),
+        STEPS,
+        key=jax.random.key(config.seed),
+        log_every=1,
+        evaluate=evaluate,
+        evaluate_every=1,
+        checkpoint_every=STEPS,  # before the end there is what a signal has saved, and nothing else
+        minimize="w",
+    )
+    return {"w": fitted.state.params["w"], "best": fitted.best.step}
+
+
+def noisy_config(preset):
+    config = TOY.get_config(preset)
+    config.pause = 0.0
+    return config
+
+
+NOISY: Any = types.SimpleNamespace(**{**vars(TOY), "get_config": noisy_config, "run": noisy_run})
+
+
+class NoisyPoint(Point):
+    """A point that finds the noisy toy in the job's own process, too."""
+
+    def __call__(self):
+        launch.load = lambda slug: NOISY
+        return super().__call__()
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """The workdir of a run that nothing stopped."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "load", None)
+        folder = tmp_path_factory.mktemp("uninterrupted")
+        NoisyPoint("toy", (), folder)()
+    return folder
+
+
+@pytest.fixture
+def queue(toy, monkeypatch):
+    """Submits one job to this machine; its processes end with the test."""
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(REPOSITORY / ".cache" / "jax"))
+    jobs = []
+
+    def submit_one(point, **options):
+        jobs.extend(submit([point], toy / "logs", [f"{name}={value}" for name, value in options.items()], "local"))
+        return jobs[-1]
+
+    yield submit_one
+    for job in jobs:
+        job.cancel()
+        job._process.wait(20)
+
+
+def wait_for(reached):
+    deadline = time.monotonic() + 60
+    while not (value := reached()):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return value
+
+
+def steps_of(workdir, index=0):
+    """`{process: the steps it has made}`."""
+    made: dict[int, list[int]] = {}
+    with contextlib.suppress(FileNotFoundError):
+        for line in (workdir / f"steps-{index}").read_text().splitlines():
+            process, step = map(int, line.split())
+            made.setdefault(process, []).append(step)
+    return made
+
+
+def process_at(workdir, step, index=0):
+    """Waits until another process has made this step, and returns it."""
+
+    def reached():
+        made = steps_of(workdir, index)
+        return next((process for process in made.keys() - {os.getpid()} if step in made[process]), None)
+
+    return wait_for(reached)
+
+
+def assert_resumed_once(workdir, index=0):
+    """Two processes made every step, none of them twice; returns the last one of the first process."""
+    first, second = steps_of(workdir, index).values()
+    assert first + second == list(range(1, STEPS + 1))
+    return first[-1]
+
+
+def assert_ended_alike(workdir, uninterrupted):
+    got, expected = (json.loads((folder / "results.json").read_text()) for folder in (workdir, uninterrupted))
+    assert got["metrics"] == expected["metrics"]
+    assert got["curves"] == expected["curves"]
+    assert read_metrics(workdir) == read_metrics(uninterrupted)
+
+
+@pytest.mark.parametrize(
+    ("signals", "minutes", "said", "overwrite"),
+    [
+        # What submitit's SlurmJob._interrupt sends. The second finds the run stopped by the first.
+        pytest.param((signal.SIGTERM, signal.SIGUSR2), 60, ("is preempted", "(3 remaining"), False, id="preempted"),
+        # A job that was given less than ten minutes has always timed out for submitit.
+        pytest.param((signal.SIGUSR2,), 5, ("is timed-out", "(2 remaining"), True, id="timed out, overwrites"),
+    ],
+)
+def test_a_stopped_job_is_queued_again_and_resumes(queue, toy, uninterrupted, signals, minutes, said, overwrite):
+    workdir = toy / "run"
+    if overwrite:  # only this, not what the job has made itself before it was stopped
+        NoisyPoint("toy", ("rate=0.25",), workdir)()
+    job = queue(NoisyPoint("toy", ("pause=0.1",), workdir, overwrite), timeout_min=minutes)
+    process = process_at(workdir, 7)
+    for number in signals:
+        os.kill(process, number)
+        time.sleep(1)
+    results = job.result()
+    assert results == json.loads((workdir / "results.json").read_text())
+    last = assert_resumed_once(workdir)
+    assert_ended_alike(workdir, uninterrupted)
+    log = job.stdout() + job.stderr()
+    for words in (f"toy: stopped by SIGTERM after step {last}, which is saved; to be queued again", *said):
+        assert words in log
+
+
+def test_after_sigterm_the_job_has_failed_and_its_run_is_saved(queue, toy, uninterrupted):
+    workdir = toy / "run"
+    point = NoisyPoint("toy", ("pause=0.1",), workdir)
+    job = queue(point)
+    os.kill(process_at(workdir, 7), signal.SIGTERM)
+    with pytest.raises(FailedJobError, match="which is saved; it is not queued again") as failed:
+        job.result()
+    queue(point).result()
+    last = assert_resumed_once(workdir)
+    assert f"toy: stopped by SIGTERM after step {last}, " in str(failed.value)
+    assert_ended_alike(workdir, uninterrupted)
+
+
+SLURM = {
+    "sbatch": "echo Submitted batch job 12",
+    "srun": "exit 1",
+    "scontrol": 'echo "$SLURM_PROCID $@" >> requeued',
+}
+
+
+@pytest.mark.xdist_group("processes")  # two processes and their test fill the two cores of CI
+def test_the_tasks_of_a_slurm_job_stop_at_one_step_and_the_first_queues_it_again(toy, monkeypatch, uninterrupted):
+    workdir = toy / "run"
+    for name, line in SLURM.items():
+        (toy / name).write_text(f"#!/bin/sh\n{line}\n")
+        (toy / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(toy), prepend=os.pathsep)
+    point = NoisyPoint("toy", ("pause=0.1",), workdir)
+    (job,) = submit([point], toy / "logs", ["timeout_min=60", "tasks_per_node=2"], "slurm")
+    assert job.job_id == "12"
+
+    def start():
+        with socket.socket() as listener:
+            listener.bind(("localhost", 0))
+            address = f"localhost:{listener.getsockname()[1]}"
+        of_all = {
+            "PYTHONPATH": str(REPOSITORY),
+            "JAX_COMPILATION_CACHE_DIR": str(REPOSITORY / ".cache" / "jax"),
+            "XLA_FLAGS": "",
+            "SUBMITIT_EXECUTOR": "slurm",
+            "SLURM_JOB_ID": "12",
+            "SLURM_NTASKS": "2",
+            "JAX_COORDINATOR_ADDRESS": address,
+            "JAX_NUM_PROCESSES": "2",
+        }
+        return [
+            tasks.enter_context(
+                subprocess.Popen(
+                    [sys.executable, "-m", "submitit.core._submit", toy / "logs"],
+                    env={**os.environ, **of_all, "SLURM_PROCID": str(index), "JAX_PROCESS_ID": str(index)},
+                )
+            )
+            for index in range(2)
+        ]
+
+    with contextlib.ExitStack() as tasks:
+        first = start()
+        for task in first:
+            tasks.callback(task.kill)
+        assert process_at(workdir, 7) == first[0].pid
+        for task in first:
+            task.send_signal(signal.SIGUSR2)
+        assert [task.wait(60) for task in first] == [255, 0]
+        assert (toy / "requeued").read_text() == "0 requeue 12\n"
+        paths = [job.task(index).paths.result_pickle for index in range(2)]
+        assert not any(path.exists() for path in paths)
+        second = start()
+        for task in second:
+            tasks.callback(task.kill)
+        assert [task.wait(60) for task in second] == [0, 0]
+    results = [pickle_load(path) for path in paths]
+    assert [outcome for outcome, _ in results] == ["success"] * 2
+    assert results[0][1]["metrics"] == results[1][1]["metrics"]
+    assert assert_resumed_once(workdir, 0) == assert_resumed_once(workdir, 1)
+    assert_ended_alike(workdir, uninterrupted)
