@@ -28,7 +28,7 @@ ROOMS = {
 }
 
 
-class UsageError(Exception):
+class UsageError(ValueError):
     """Something the caller typed cannot be done; printed as one line."""
 
 

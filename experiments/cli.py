@@ -77,8 +77,8 @@ def _command(argv: list[str]) -> int:
     planning.add_argument("--topology", required=True, help="v5e:16x16, v5p:4x4x4, v6e:16x16, cpu:8, ...")
     planning.add_argument("--json", action="store_true", help="for machines")
     reporting = commands.add_parser("report", help="all results as Markdown and one HTML page")
-    reporting.add_argument("folder", nargs="?", type=Path, help="where the runs are; default runs/")
-    reporting.add_argument("--output", type=Path, default=Path("report"), help="folder to write into; default report/")
+    reporting.add_argument("folder", nargs="?", type=_folder, help="where the runs are; default runs/")
+    reporting.add_argument("--output", type=_folder, default=Path("report"), help="to write into; default report/")
     if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS:
         raise UsageError(f"unknown command {argv[0]!r}{nearest(argv[0], COMMANDS)}")
     arguments, rest = parser.parse_known_args(argv)
@@ -94,6 +94,8 @@ def _command(argv: list[str]) -> int:
         known = {"list": ["--markdown"], "report": ["--output"]}[arguments.command]
         raise UsageError(f"unknown option {rest[0]!r}{nearest(rest[0], [*known, '--help'])}")
     if arguments.command == "report":
+        if arguments.output.is_file():
+            raise UsageError(f"--output={arguments.output} is a file, and a folder is needed")
         for path in write_report(arguments.folder, arguments.output):
             print(path)
         return 0
@@ -121,10 +123,17 @@ _OPTIONS = ("--workdir", "--overwrite", "--strict", "--record", "--sweep", "--sl
 
 
 def _add_run_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--workdir", type=Path, help="where the run is kept; default runs/<slug>/<preset>")
+    parser.add_argument("--workdir", type=_folder, help="where the run is kept; default runs/<slug>/<preset>")
     parser.add_argument("--overwrite", action="store_true", help="drop an earlier run in the workdir")
     parser.add_argument("--strict", action="store_true", help="exit with 1 if a claim fails")
     parser.add_argument("--record", action="store_true", help="keep the results under experiments/results/")
+
+
+def _folder(text: str) -> Path:
+    """A folder as typed. An address would become a folder of that name here, on a pod one of its own on each host."""
+    if "://" in text:
+        raise argparse.ArgumentTypeError(f"{text} is no folder: mount it, and name where it is mounted")
+    return Path(text)
 
 
 def _plan(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
@@ -147,10 +156,21 @@ def _sweep(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
         jobs = submit(points, points[0].workdir.parent / "slurm", arguments.slurm_option)
         print(f"queued {len(jobs)} runs as {jobs[0].job_id.partition('_')[0]}; results in {points[0].workdir.parent}")
         return 0
+    failed = []
     for number, point in enumerate(points, 1):
-        print(f"[{number}/{len(points)}] {' '.join(point.overrides)}", file=sys.stderr)
-        point()
-    print(f"{len(points)} runs in {points[0].workdir.parent}; python -m experiments report {points[0].workdir.parent}")
+        name = " ".join(point.overrides)
+        print(f"[{number}/{len(points)}] {name}", file=sys.stderr)
+        try:
+            point()
+        except (UsageError, *EXPECTED) as error:  # a seed that diverges must not cost the others
+            if os.environ.get("JAXPAPERS_TRACEBACK"):
+                raise
+            print(f"error: {name}: {' '.join(str(error).split())}", file=sys.stderr)
+            failed.append(name)
+    folder = points[0].workdir.parent
+    print(f"{len(points) - len(failed)} runs in {folder}; python -m experiments report {folder}")
+    if failed:
+        raise UsageError(f"{len(failed)} of {len(points)} runs failed: {'; '.join(failed)}")
     return 0
 
 

@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from rich.console import Console
 
@@ -25,7 +23,7 @@ from experiments.harness import Run, check_claims, use_figure_style
 from experiments.ledger import collect, thinned
 from experiments.overrides import override
 from experiments.report import markdown
-from jaxpapers.train import json_value, make_mesh, read_metrics, sigterm_raises, write_whole
+from jaxpapers.train import json_value, make_mesh, on_first, read_metrics, sigterm_raises, write_whole
 
 LOCK, SECONDS = ".lock", ".seconds"
 MESH = {"data": 0, "model": 1, "seq": 1}  # of every config that has no mesh of its own; 0: all devices that are left
@@ -71,7 +69,7 @@ def run_experiment(
             held.enter_context(_held(workdir))
             _enter(workdir, settings, overwrite)
 
-        _agreed(enter)
+        on_first(enter)
         console.print(f"{slug}:{preset} -> {workdir}", highlight=False, markup=False)
         use_figure_style()
         mesh = mesh_of(config)
@@ -196,22 +194,6 @@ def _held(workdir: Path) -> TextIO:
     except OSError as error:
         raise UsageError(f"cannot write into {workdir}: {error.strerror}; choose another --workdir") from None
     return lock
-
-
-def _agreed(check: Callable[[], None]) -> None:
-    """Runs the check on the first process; where it refuses, all processes do."""
-    refusal = ""
-    if jax.process_index() == 0:
-        try:
-            check()
-        except (UsageError, OSError) as error:
-            refusal = str(error)
-            if jax.process_count() == 1:
-                raise
-    if jax.process_count() > 1:
-        text = np.frombuffer(refusal.encode()[:1024].ljust(1024), np.uint8)
-        if refusal := bytes(np.asarray(multihost_utils.broadcast_one_to_all(text), np.uint8)).decode().strip():
-            raise UsageError(refusal)
 
 
 def _enter(workdir: Path, settings: dict[str, Any], overwrite: bool) -> None:

@@ -1,8 +1,12 @@
 """The form that ml_collections users type: `python -m experiments.run --config=FILE:preset --workdir=DIR`."""
 
+import signal
 import sys
 
-from experiments.cli import main_config_file
+# Until something runs there is nothing to save, and SIGTERM is no failure: imports alone take seconds.
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+
+from experiments.cli import main_config_file  # noqa: E402
 
 if __name__ == "__main__":
     sys.exit(main_config_file())

@@ -99,7 +99,7 @@ class Job:
         finally:
             signal.signal(number, queue_again)
         if not asked:
-            raise UncompletedJobError(f"{reason}; it is not queued again: the same sweep, submitted again, resumes")
+            raise UncompletedJobError(f"{reason}; it is not queued again: submit it without --overwrite to resume")
         print(f"{reason}; to be queued again", file=sys.stderr)
         if callable(queue_again):
             queue_again(number, None)
@@ -125,15 +125,17 @@ def sweep_points(
       overwrite: run finished ones again.
 
     Raises:
-      UsageError: a sweep without values, or a value that its field does not take.
+      UsageError: a sweep without values, or with one twice, or a value that its field does not take.
     """
     slug, preset = parse_target(target)
-    axes = []
+    axes: list[list[str]] = []
     for text in sweeps:
         field, _, values = text.removeprefix("config.").partition("=")
         words = [word for word in values.split(",") if word]
         if not field or not words:
             raise UsageError(f"--sweep takes config.FIELD=VALUE,VALUE,..., such as config.seed=0,1,2; not {text!r}")
+        if len(set(words)) < len(words) or any(axis[0].startswith(f"{field}=") for axis in axes):
+            raise UsageError(f"--sweep {text}: each field once, each value once")
         axes.append([f"{field}={word}" for word in words])
     folder = workdir or Path("runs") / slug / f"{preset}-sweep"
     points = [

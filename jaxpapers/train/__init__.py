@@ -21,9 +21,11 @@ from jaxpapers.train.files import write_whole
 from jaxpapers.train.loop import Best, Fitted, NonFiniteLoss, OnDevice, fit, update_program
 from jaxpapers.train.mesh import (
     abstract,
+    batch_part,
     fsdp,
     initialize_distributed,
     make_mesh,
+    on_first,
     param_specs,
     place,
     place_batch,
@@ -50,6 +52,7 @@ __all__ = [
     "TrainStep",
     "abstract",
     "averaged_params",
+    "batch_part",
     "create_population",
     "create_state",
     "fit",
@@ -62,6 +65,7 @@ __all__ = [
     "make_train_step",
     "member",
     "nbytes",
+    "on_first",
     "param_specs",
     "place",
     "place_batch",

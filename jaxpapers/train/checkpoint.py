@@ -18,11 +18,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
 from jaxpapers.train.files import write_whole
-from jaxpapers.train.mesh import path_name
+from jaxpapers.train.mesh import on_first, path_name
 
 LOGGER = logging.getLogger(__name__)
 WHOLE = "those before it are whole"
@@ -52,10 +51,7 @@ class Checkpoints:
         logging.getLogger("absl").setLevel(logging.WARNING)  # orbax reports every save at INFO
         self._directory = Path(directory).absolute()
         self.keep = keep
-        if jax.process_index() == 0:
-            self._directory.mkdir(parents=True, exist_ok=True)
-            self._set_damaged_aside()
-        _barrier("checkpoints checked")
+        on_first(self._set_damaged_aside)
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, enable_async_checkpointing=False, cleanup_tmp_directories=True
         )
@@ -70,7 +66,7 @@ class Checkpoints:
         """
         if step in self._manager.all_steps():
             return
-        self._require_free(nbytes(tree), f"checkpoint {step}", WHOLE)
+        on_first(lambda: self._require_free(nbytes(tree), f"checkpoint {step}", WHOLE))
         log = logging.getLogger("absl")
         log.setLevel(logging.CRITICAL)  # orbax logs with its traceback, from several threads, what it also raises
         try:
@@ -83,12 +79,7 @@ class Checkpoints:
             raise OSError(code, reason) from error
         finally:
             log.setLevel(logging.WARNING)
-        if jax.process_index() == 0:
-            write_whole(self._manifest(step), json.dumps(_sums(self._directory / str(step))))
-            for path in self._directory.glob("*.manifest"):
-                if not (self._directory / path.stem).exists():
-                    path.unlink()
-        _barrier("checkpoint written")
+        on_first(lambda: self._vouch_for(step))
 
     def require_room(self, size: int) -> None:
         """Refuses to start what cannot be kept: `keep` checkpoints of so many bytes, and one more while it is written.
@@ -135,10 +126,18 @@ class Checkpoints:
         """Releases orbax's threads; `contextlib.closing` does it."""
         self._manager.close()
 
+    def _vouch_for(self, step: int) -> None:
+        """Writes the manifest of a checkpoint, and drops those of checkpoints that are gone."""
+        write_whole(self._manifest(step), json.dumps(_sums(self._directory / str(step))))
+        for path in self._directory.glob("*.manifest"):
+            if not (self._directory / path.stem).exists():
+                path.unlink()
+
     def _manifest(self, step: int) -> Path:
         return self._directory / f"{step}.manifest"
 
     def _set_damaged_aside(self) -> None:
+        self._directory.mkdir(parents=True, exist_ok=True)
         sound, damaged = [], []
         for folder in sorted(
             (path for path in self._directory.iterdir() if path.name.isdecimal()), key=lambda path: int(path.name)
@@ -195,8 +194,3 @@ def _sums(folder: Path) -> dict[str, list[int]]:
                 crc = zlib.crc32(block, crc)
         sums[str(path.relative_to(folder))] = [path.stat().st_size, crc]
     return sums
-
-
-def _barrier(name: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)

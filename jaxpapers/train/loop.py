@@ -106,8 +106,8 @@ def fit(
       ValueError: intervals below 1 or not multiples of `steps_per_call`, or a metric to minimise that the
         evaluation does not return; rules and batches that do not fit the mesh.
       Terminated: SIGTERM came; the state is in the checkpoints.
-      NonFiniteLoss: loss, gradient or, before a save, parameters of the model (of a population: of all its models)
-        are not finite. Nothing is saved after that, so that the newest checkpoint is a good one.
+      NonFiniteLoss: loss or gradient of a step, or, before a save, parameters or optimizer state of the model (of a
+        population: of all its models) are not finite. Nothing is saved after that: the newest checkpoint is a good one.
     """
     intervals = {"log_every": log_every, "evaluate_every": evaluate_every, "checkpoint_every": checkpoint_every}
     for name, steps in ({"num_steps": num_steps, "steps_per_call": steps_per_call} | intervals).items():
@@ -130,9 +130,11 @@ def fit(
     step = int(state.step)
     advancing = _advancing(train_step, batches, range(step, num_steps), shardings)
     with progress_bar(title, num_steps, step) as show, sigterm_noted() as stops_now, advancing as advance:
+        unseen: list[tuple[range, Mapping[str, Any]]] = []  # what the calls since the last look measured
         while step < num_steps:
             length = min(steps_per_call, num_steps - step)
             state, measured = advance(state, key, length)
+            unseen.append((range(step + 1, step + length + 1), measured))
             step += length
             last = step == num_steps
             stops = stops_now()  # after the last step, too: what follows `fit` can wait for the resume
@@ -140,8 +142,10 @@ def fit(
             evaluates = evaluate is not None and (last or bool(evaluate_every and step % evaluate_every == 0))
             saves = checkpoints is not None and (last or stops or step % checkpoint_every == 0)
             if logs or evaluates or saves:
-                values = jax.device_get(measured)
-                _require_finite(step, values)
+                seen = jax.device_get(unseen)
+                unseen.clear()
+                for steps, values in seen:
+                    _require_finite(steps, values)
                 show(step, f"loss {np.nanmean(values['loss']):.3g}")
                 if metrics and logs:
                     metrics.write(step, {f"train/{name}": value for name, value in values.items()})
@@ -155,11 +159,14 @@ def fit(
                             f"evaluate returned {sorted(scores)}, not {minimize!r}, which is to be minimised"
                         )
                     best = _better(best, np.asarray(scores[minimize], np.float32), state)
+                stops = stops_now() or stops  # an evaluation may take minutes
+                saves = saves or (checkpoints is not None and stops)
             if checkpoints is not None and saves:
-                if not _sound(state.params, key.ndim):
-                    raise NonFiniteLoss(
-                        f"the parameters are not finite after step {step}; the newest checkpoint is from before"
-                    )
+                for part, tree in (("parameters are", state.params), ("optimizer's state is", state.opt_state)):
+                    if not _sound(tree, key.ndim):
+                        raise NonFiniteLoss(
+                            f"the {part} not finite after step {step}; the newest checkpoint is from before"
+                        )
                 checkpoints.save(step, (state, best))
             if stops:
                 raise Terminated(f"{title}: stopped by SIGTERM after step {step}{', which is saved' if saves else ''}")
@@ -238,21 +245,25 @@ def _prefetched(batches: Batches, steps: range, mesh: Mesh | None, depth: int = 
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _require_finite(step: int, metrics: Mapping[str, Any]) -> None:
+def _require_finite(steps: range, metrics: Mapping[str, Any]) -> None:
     # A finite loss with a gradient that is not has spoilt the parameters just now, so both are looked at. One diverged
     # model of a population must not stop the others: its NaNs stay in its own row.
     for name in ("loss", "grad_norm"):
         if name in metrics and not np.isfinite(metrics[name]).any():
             value = np.asarray(metrics[name]).tolist()
-            raise NonFiniteLoss(f"{name} is {value} at step {step}; the newest checkpoint is from before")
+            where = f"at step {steps[0]}" if len(steps) == 1 else f"in steps {steps[0]} to {steps[-1]}"
+            raise NonFiniteLoss(f"{name} is {value} {where}; the newest checkpoint is from before")
 
 
 @partial(jax.jit, static_argnums=1)
-def _sound(params: PyTree, population_axes: int) -> Array:
-    """Whether all parameters are finite; in a population, those of any model. A step too long can spoil them alone."""
+def _sound(tree: PyTree, population_axes: int) -> Array:
+    """Whether all numbers are finite; in a population, those of any model.
+
+    A step too long spoils the parameters alone, a gradient that is large, but finite, Adam's second moment.
+    """
     finite = [
         jnp.isfinite(leaf).all(tuple(range(population_axes, leaf.ndim)))
-        for leaf in jax.tree.leaves(params)
+        for leaf in jax.tree.leaves(tree)
         if jnp.issubdtype(leaf.dtype, jnp.inexact)
     ]
     return reduce(jnp.logical_and, finite, jnp.array(True)).any()

@@ -12,7 +12,7 @@ Flax model's variables.
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -206,22 +206,41 @@ def to_host(tree: PyTree) -> PyTree:
     return jax.tree.map(fetch, tree)
 
 
+def batch_part(mesh: Mesh) -> tuple[int, int]:
+    """(index, number of parts): which part of every batch this process reads; `host_batches` takes it.
+
+    Processes whose devices differ along `data` read different parts, those that share a model's parts the same one.
+
+    Raises:
+      ValueError: the processes' devices overlap along `data` in part.
+    """
+    axis = list(mesh.axis_names).index("data")
+    rows: dict[int, set[int]] = {}
+    for place_, device in np.ndenumerate(mesh.devices):
+        rows.setdefault(device.process_index, set()).add(place_[axis])
+    parts = sorted({tuple(sorted(held)) for held in rows.values()})
+    if sum(map(len, parts)) != mesh.shape["data"]:
+        raise ValueError(f"processes share some of their places along 'data', not all: {rows}; choose another mesh")
+    return parts.index(tuple(sorted(rows[jax.process_index()]))), len(parts)
+
+
 def place_batch(batch: PyTree, mesh: Mesh) -> PyTree:
     """The batch, its leading axis split over `data`.
 
-    With several processes each gives its own rows (see `host_batches`' `part`), and the result is the whole batch.
+    With several processes each gives its `batch_part`, and the result is the whole batch.
 
     Raises:
       ValueError: rows that the devices along `data` do not divide.
     """
     sharding = NamedSharding(mesh, PartitionSpec("data"))
     devices = mesh.shape["data"]
+    _, parts = batch_part(mesh)
 
     def put(rows: Any) -> jax.Array:
         rows = np.asarray(rows)
-        if rows.ndim == 0 or (rows.shape[0] * jax.process_count()) % devices:
+        if rows.ndim == 0 or (rows.shape[0] * parts) % devices:
             raise ValueError(f"a batch of shape {rows.shape} does not divide over {devices} devices along 'data'")
-        return jax.make_array_from_process_local_data(sharding, rows)
+        return jax.make_array_from_process_local_data(sharding, rows, (rows.shape[0] * parts, *rows.shape[1:]))
 
     return jax.tree.map(put, batch)
 
@@ -253,6 +272,27 @@ def initialize_distributed(heartbeat_timeout_seconds: int = 60) -> bool:
     else:
         jax.distributed.initialize(heartbeat_timeout_seconds=timeout)
     return jax.process_count() > 1
+
+
+def on_first(action: Callable[[], None]) -> None:
+    """Does something on the first process while the others wait; where it fails there, it fails on all.
+
+    Raises:
+      OSError: with several processes, whatever OSError or ValueError the first one had; a lone process raises that.
+    """
+    several = jax.process_count() > 1
+    failure = ""
+    if jax.process_index() == 0:
+        try:
+            action()
+        except (OSError, ValueError) as error:
+            if not several:
+                raise
+            failure = str(error)
+    if several:
+        text = np.frombuffer(failure.encode()[:1024].ljust(1024), np.uint8)
+        if failure := bytes(np.asarray(multihost_utils.broadcast_one_to_all(text), np.uint8)).decode().strip():
+            raise OSError(failure)
 
 
 def path_name(path: Sequence[Any]) -> str:

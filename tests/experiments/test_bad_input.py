@@ -65,6 +65,9 @@ def refused(arguments, capsys):
         (["--sweep="], "--sweep takes config.FIELD=VALUE,VALUE,..., such as config.seed=0,1,2; not ''"),
         (["--sweep=config.seed="], "such as config.seed=0,1,2; not 'config.seed='"),
         (["--sweep=config.sed=0,1"], "unknown field config.sed; did you mean 'seed'?"),
+        (["--sweep=config.seed=0,0"], "--sweep config.seed=0,0: each field once, each value once"),
+        (["--sweep=config.seed=0,1", "--sweep=config.seed=2"], "each field once, each value once"),
+        (["--workdir=gs://bucket/run"], "gs://bucket/run is no folder: mount it, and name where it is mounted"),
         (["--sweep=config.seed=0,one"], "config.seed takes a whole number such as 0, not 'one'"),
         (["--sweep=config.lorenz63=1,2"], "config.lorenz63 is a group; set one of its fields: bins, dt,"),
         (["--sweep=config.seed=0,1", "--overwrit"], "unknown option '--overwrit'; did you mean '--overwrite'?"),
@@ -142,7 +145,7 @@ def test_a_learning_rate_that_explodes_names_step_and_metric(workdir, capsys):
     tiny = ["--config.systems=lorenz63", "--config.lorenz63.num_pwl=2", "--config.lorenz63.updates=100"]
     rising = ["--config.schedule=linear_schedule", "--config.lorenz63.last_rate=1e9"]  # after the first epoch of 50
     said = refused(["run", "alrnn:smoke", f"--workdir={workdir}", *tiny, *rising], capsys)
-    assert "at step 60; the newest checkpoint is from before" in said
+    assert "in steps 51 to 60; the newest checkpoint is from before" in said
     assert "loss is [nan, " in said
     assert (workdir / "checkpoints" / "lorenz63" / "40.manifest").exists()
 

@@ -15,12 +15,13 @@ from typing import Any
 import jax
 import optax
 import pytest
+from submitit import JobEnvironment
 from submitit.core.utils import FailedJobError, pickle_load
 
 from experiments import cli, launch, sweep
 from experiments.catalogue import UsageError
-from experiments.sweep import Point, submit, sweep_points
-from jaxpapers.train import OnDevice, create_state, make_train_step, read_metrics
+from experiments.sweep import Job, Point, submit, sweep_points
+from jaxpapers.train import Checkpoints, OnDevice, create_state, make_train_step, read_metrics
 from tests.experiments.toy import TOY
 
 REPOSITORY = Path(__file__).parents[2]
@@ -61,6 +62,14 @@ def test_a_stopped_sweep_goes_on_where_it_was(toy, monkeypatch):
     assert cli.main(command) == 130
     assert cli.main(command) == 0
     assert ran == [0, "stopped", 1, 2]
+
+
+def test_one_failure_does_not_cost_the_other_runs(toy, capsys):
+    assert cli.main(["run", "toy", f"--workdir={toy / 'swept'}", "--sweep", "config.rate=-1e30,0.5"]) == 2
+    assert set(finals(toy / "swept")) == {"rate=0.5"}
+    said = capsys.readouterr().err
+    assert "error: rate=-1e30: " in said
+    assert "error: 1 of 2 runs failed: rate=-1e30" in said
 
 
 def test_submitit_runs_the_points(toy):
@@ -139,7 +148,7 @@ def noisy_run(config, run):
         log_every=1,
         evaluate=evaluate,
         evaluate_every=1,
-        checkpoint_every=STEPS,  # before the end there is what a signal has saved, and nothing else
+        checkpoint_every=config.checkpoint_every,
         minimize="w",
     )
     return {"w": fitted.state.params["w"], "best": fitted.best.step}
@@ -148,6 +157,7 @@ def noisy_run(config, run):
 def noisy_config(preset):
     config = TOY.get_config(preset)
     config.pause = 0.0
+    config.checkpoint_every = STEPS  # before the end there is what a signal has saved, and nothing else
     return config
 
 
@@ -190,7 +200,7 @@ def queue(toy, monkeypatch):
 
 
 def wait_for(reached):
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while not (value := reached()):
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -271,6 +281,37 @@ def test_after_sigterm_the_job_has_failed_and_its_run_is_saved(queue, toy, unint
     assert_ended_alike(workdir, uninterrupted)
 
 
+@pytest.mark.parametrize("name", ["USR2", "TERM"])
+def test_a_signal_during_a_save_waits_for_it(toy, monkeypatch, uninterrupted, name):
+    number = signal.Signals[f"SIG{name}"]
+    monkeypatch.setattr(JobEnvironment, "USR_SIG", name)
+    save = Checkpoints.save
+    saved: list[int] = []
+
+    def signalled_save(self, step, tree):
+        if not saved:
+            signal.raise_signal(number)
+        save(self, step, tree)
+        saved.append(step)
+
+    def queue_again(signum, frame):
+        raise SystemExit("queued again")
+
+    monkeypatch.setattr(Checkpoints, "save", signalled_save)
+    job = Job(NoisyPoint("toy", ("checkpoint_every=5",), toy / "run"), None)
+    before = signal.signal(number, queue_again)
+    try:
+        with pytest.raises(SystemExit, match="queued again"):
+            job()
+        assert signal.getsignal(number) is queue_again
+        assert saved == [5, 6]
+        job()
+    finally:
+        signal.signal(number, before)
+    assert steps_of(toy / "run") == {os.getpid(): list(range(1, STEPS + 1))}
+    assert_ended_alike(toy / "run", uninterrupted)
+
+
 SLURM = {
     "sbatch": "echo Submitted batch job 12",
     "srun": "exit 1",
@@ -320,14 +361,14 @@ def test_the_tasks_of_a_slurm_job_stop_at_one_step_and_the_first_queues_it_again
         assert process_at(workdir, 7) == first[0].pid
         for task in first:
             task.send_signal(signal.SIGUSR2)
-        assert [task.wait(60) for task in first] == [255, 0]
+        assert [task.wait(120) for task in first] == [255, 0]
         assert (toy / "requeued").read_text() == "0 requeue 12\n"
         paths = [job.task(index).paths.result_pickle for index in range(2)]
         assert not any(path.exists() for path in paths)
         second = start()
         for task in second:
             tasks.callback(task.kill)
-        assert [task.wait(60) for task in second] == [0, 0]
+        assert [task.wait(120) for task in second] == [0, 0]
     results = [pickle_load(path) for path in paths]
     assert [outcome for outcome, _ in results] == ["success"] * 2
     assert results[0][1]["metrics"] == results[1][1]["metrics"]

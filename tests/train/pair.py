@@ -1,4 +1,6 @@
-"""One of several processes that train the tiny transformer together: `python pair.py WORKDIR STEPS [SECONDS_A_STEP]`.
+"""One of several processes that train the tiny transformer together.
+
+    python pair.py WORKDIR STEPS [SECONDS_A_STEP [MODEL [no-manifests]]]
 
 Who is who stands in JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID; without them it trains alone.
 """
@@ -15,6 +17,7 @@ from jaxpapers.train import (
     Checkpoints,
     MetricsWriter,
     Terminated,
+    batch_part,
     create_state,
     fit,
     fsdp,
@@ -33,12 +36,12 @@ class SlowTokens(Tokens):
         return super().__getitem__(step)
 
 
-def main(workdir, num_steps, pause):
+def main(workdir, num_steps, pause, model):
     initialize_distributed(heartbeat_timeout_seconds=10)
     optimizer = optax.adam(1e-2)
-    mesh = make_mesh()
+    mesh = make_mesh(model=model)
     params = init_params()
-    batches = SlowTokens(part=(jax.process_index(), jax.process_count()))
+    batches = SlowTokens(part=batch_part(mesh))
     batches.pause = pause
     with closing(Checkpoints(workdir / "checkpoints")) as checkpoints:
         first = jax.process_index() == 0
@@ -60,6 +63,17 @@ def main(workdir, num_steps, pause):
     print(f"step {int(fitted.state.step)} on {jax.device_count()} devices of {jax.process_count()} processes")
 
 
+def refuse(checkpoints, step):
+    raise OSError(f"no manifest for checkpoint {step}")
+
+
 if __name__ == "__main__":
+    if sys.argv[5:] == ["no-manifests"]:
+        Checkpoints._vouch_for = refuse
     with suppress(Terminated):
-        main(Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]) if len(sys.argv) > 3 else 0.0)
+        main(
+            Path(sys.argv[1]),
+            int(sys.argv[2]),
+            float(sys.argv[3]) if len(sys.argv) > 3 else 0.0,
+            int(sys.argv[4]) if len(sys.argv) > 4 else 1,
+        )

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from jaxpapers.train import read_metrics
@@ -84,6 +85,21 @@ def test_two_processes_give_the_run_of_one(alone, tmp_path):
     assert_same_run(tmp_path, alone)
     output = finish([start(tmp_path, XLA_FLAGS="--xla_force_host_platform_device_count=4")])
     assert f"step {STEPS} on 4 devices of 1 processes" in output[0]  # their common checkpoint restores elsewhere
+
+
+def test_processes_that_share_the_rows_of_a_batch_read_the_same_ones(alone, tmp_path):
+    """Both devices lie along `model`: either process holds the whole batch."""
+    finish(start_pair(tmp_path, 0.0, 2))
+    losses, expected = ([line["train/loss"] for line in read_metrics(folder)] for folder in (tmp_path, alone))
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)  # float32: the batch's mean is one sum, not two
+
+
+def test_a_save_that_fails_on_the_first_process_ends_both(tmp_path):
+    """The first alone writes manifests; the other must not wait for it until its silence is noticed."""
+    processes = start_pair(tmp_path, 0.0, 1, "no-manifests")
+    outputs = [process.communicate(timeout=60)[0] for process in processes]
+    assert [process.returncode for process in processes] == [1, 1]
+    assert all("OSError: no manifest for checkpoint 2" in output for output in outputs)
 
 
 @pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.slow)], ids=["worker", "leader"])

@@ -219,6 +219,39 @@ def test_parameters_that_one_step_spoils_are_not_saved(tmp_path):
     assert sound_steps(tmp_path) == [2, 3]
 
 
+def test_an_optimizer_that_a_huge_gradient_spoils_is_not_saved(tmp_path):
+    """Its square overflows in Adam's second moment; loss, gradient and parameters stay finite, and nothing trains."""
+
+    def loss(params, extra, batch, key):
+        return batch * params["w"], (extra, {})
+
+    optimizer = optax.adam(0.1)
+    spoilt = pytest.raises(NonFiniteLoss, match="the optimizer's state is not finite after step 8")
+    with contextlib.closing(Checkpoints(tmp_path)) as checkpoints, spoilt:
+        fit(
+            create_state({"w": jnp.ones(())}, optimizer),
+            make_train_step(loss, optimizer),
+            OnDevice(lambda step: jnp.where(step == 4, 1e25, 1.0)),
+            12,
+            key=KEY,
+            log_every=4,
+            checkpoints=checkpoints,
+            checkpoint_every=4,
+        )
+    assert sound_steps(tmp_path) == [4]
+
+
+def test_sigterm_during_an_evaluation_stops_after_it(tmp_path):
+    def evaluate(state):
+        if int(state.step) == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return {}
+
+    with pytest.raises(Terminated, match="after step 2, which is saved"):
+        fit_in_process(tmp_path, optax.sgd(1.0), evaluate=evaluate, evaluate_every=2, checkpoint_every=4)
+    assert sound_steps(tmp_path) == [2]
+
+
 def largest_file(folder):
     return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
 
