@@ -49,7 +49,7 @@ class Stack(nn.Module):
 
         scanned = nn.scan(
             body,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, "diagnostics": 0, "intermediates": 0},  # what layers sow, one row a layer
             split_rngs={"params": True, "dropout": True},
             in_axes=nn.broadcast,
             length=self.num_layers,
