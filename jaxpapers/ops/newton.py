@@ -18,6 +18,13 @@ Derivatives are those of the solution, not of the iteration: differentiating r =
 
 one more affine recurrence with the exact J at the solution, and its transpose in reverse mode. No iterate is kept.
 Forward mode, reverse mode and any nesting of the two work; f may close over arrays that are differentiated.
+
+`method="fused"` does not iterate: where channels are independent, `jaxpapers.ops.fused` runs through time with the
+state on chip. Its reverse mode is a kernel as well, which a `custom_jvp` has no place for, so that it stands behind a
+`custom_vjp` of its own: the first derivative in reverse mode is the kernel; derivatives of that one, in either mode
+and to any order, are those of the implicit formula above, to which both kernels fall back when they are
+differentiated. Forward mode as the first (innermost) derivative is an error of JAX there ("can't apply forward-mode
+autodiff (jvp) to a custom_vjp function"): another method has it.
 """
 
 import functools
@@ -31,6 +38,7 @@ from jax import lax
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
+from jaxpapers.ops.fused import computed, fused_cotangents, fused_states
 from jaxpapers.ops.scan import affine_scan, affine_scan_sharded
 
 AnyArray = Array | np.ndarray
@@ -38,7 +46,7 @@ Step = Callable[[Array, Any], Array]  # (state, input) -> state, of one time and
 Jacobian = Callable[[Array, Any], Array]
 
 STRUCTURES = ("diagonal", "block", "dense", "quasi")
-METHODS = ("auto", "sequential", "parallel", "chunked")
+METHODS = ("auto", "sequential", "parallel", "chunked", "fused")
 STATE_AXES = {"diagonal": 1, "block": 2, "dense": 1, "quasi": 1}
 FALLBACKS = (None, "sequential")
 
@@ -49,7 +57,7 @@ class Solution(NamedTuple):
     Attributes:
         states: (time, *batch, *state).
         residuals: (max_iterations + 1,) largest |f(h_{t-1}, x_t) - h_t| of the guess and after each iteration; NaN for
-            iterations that were not needed. Of the sequential method 0, then NaN.
+            iterations that were not needed. Of the sequential and fused methods 0, then NaN.
         iterations: done.
         converged: whether the last residual is finite and, where there is a tolerance, at most that.
     """
@@ -99,7 +107,12 @@ def solve_recurrence(
             solution stays what it was; more iterations are needed.
         fallback: "sequential": where the iteration has not converged, the states are computed one after the other.
         method: "sequential" (one step of f after the other, no iteration), or how the affine recurrences are solved:
-            "parallel" (`lax.associative_scan`), "chunked". "auto": sequential on CPU, elsewhere chunked.
+            "parallel" (`lax.associative_scan`), "chunked". "auto": sequential on CPU, elsewhere chunked. "fused": one
+            kernel on TPU and GPU, for "diagonal" and "block", no mesh, inputs and closed-over arrays of floats that
+            end in the channel axis (or scalars); computed in float32 at least; no iteration, and no forward-mode
+            derivative as the first one (see the module). On CPU it is interpreted, for tests. By the bytes that it
+            moves it should be the choice on accelerators wherever it applies; "auto" leaves it out until that is
+            measured (measured on: nothing yet).
         mesh: split the time axis over the mesh axis `seq`; xs (and guess) lie there so, h0 on every device.
 
     Returns:
@@ -120,7 +133,15 @@ def solve_recurrence(
     if (out.shape, out.dtype) != (state, h0.dtype):
         raise ValueError(f"f maps a state {state} of {h0.dtype} to {out.shape} of {out.dtype}")
     # What the functions close over becomes an argument, so that derivatives reach it.
-    step, step_constants = jax.closure_convert(f, *one)
+    fused = method == "fused"
+    if fused:
+        _check_fused(structure, mesh)
+        wide = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, computed(a.dtype)), one)
+        raw, step_constants = jax.closure_convert(f, *wide)
+        step: Callable = _widened(raw)
+    else:
+        raw = None
+        step, step_constants = jax.closure_convert(f, *one)
     exact: Callable = _forward_jacobian(step, "dense" if structure == "quasi" else structure)
     if jacobian is None:
         used: Callable = _diagonal_of(exact) if structure == "quasi" else exact
@@ -137,12 +158,16 @@ def solve_recurrence(
         exact_is_own=exact is used,
         structure="diagonal" if structure == "quasi" else structure,
         exact_structure="dense" if structure == "quasi" else structure,
+        fused=raw,
     )
-    solver: Callable = functools.partial(affine_scan, method=method)
+    solver: Callable = functools.partial(affine_scan, method="auto" if fused else method)
     if mesh is not None:
         solver = functools.partial(affine_scan_sharded, method=method, mesh=mesh)
     newton = _Newton(max_iterations, tolerance, damping, trust, solver)
-    return _solution(cell, newton, method, fallback, (step_constants, used_constants), xs, h0, guess)
+    constants = (step_constants, used_constants)
+    if fused:
+        return _fused(cell, newton, constants, xs, h0)
+    return _solution(cell, newton, method, fallback, constants, xs, h0, guess)
 
 
 class _Cell(NamedTuple):
@@ -155,6 +180,7 @@ class _Cell(NamedTuple):
     exact_is_own: bool
     structure: str
     exact_structure: str
+    fused: Callable | None  # the step of one sequence in float32 at least, for the kernel
 
 
 class _Newton(NamedTuple):
@@ -185,14 +211,19 @@ def _solution(
 
         return lax.scan(body, h0, xs)[1]
 
-    def sequential(constants: tuple, xs: PyTree, h0: Array, guess: Array | None) -> Solution:
-        states = one_by_one(constants, xs, h0)
+    def without_iterations(states: Array) -> Solution:
         residuals = jnp.full(newton.max_iterations + 1, jnp.nan, jnp.float32).at[0].set(0.0)
         return Solution(states, residuals, jnp.zeros((), jnp.int32), jnp.isfinite(states).all())
+
+    def sequential(constants: tuple, xs: PyTree, h0: Array, guess: Array | None) -> Solution:
+        return without_iterations(one_by_one(constants, xs, h0))
 
     iterate = functools.partial(_iterate, cell, newton)
     if method == "sequential":
         return sequential(constants, xs, h0, guess)
+    if cell.fused is not None:
+        state_axes = STATE_AXES[cell.structure]
+        return without_iterations(fused_states(cell.fused, constants[0], xs, h0, state_axes=state_axes))
     if method == "auto":
         return lax.platform_dependent(constants, xs, h0, guess, cpu=sequential, default=iterate)
     found = iterate(constants, xs, h0, guess)
@@ -218,6 +249,53 @@ def _solution_jvp(
     _, change = jax.jvp(forced, (constants[0], xs), (tangents[0][0], tangents[1]))
     moved = newton.scan(J, change, tangents[2], structure=cell.exact_structure)
     return found, jax.tree.map(_zero_tangent, found)._replace(states=moved)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _fused(cell: _Cell, newton: _Newton, constants: tuple, xs: PyTree, h0: Array) -> Solution:
+    return _solution(cell, newton, "fused", None, constants, xs, h0, None)
+
+
+def _fused_forward(cell: _Cell, newton: _Newton, constants: tuple, xs: PyTree, h0: Array) -> tuple[Solution, tuple]:
+    # `_solution` has derivatives of its own, for those who differentiate this rule.
+    found = _solution(cell, newton, "fused", None, constants, xs, h0, None)
+    return found, (constants, xs, h0, found.states)
+
+
+def _fused_backward(cell: _Cell, newton: _Newton, kept: tuple, cotangent: Solution) -> tuple:
+    return _cotangents(cell, newton, *kept, cotangent.states)
+
+
+_fused.defvjp(_fused_forward, _fused_backward)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _cotangents(
+    cell: _Cell, newton: _Newton, constants: tuple, xs: PyTree, h0: Array, states: Array, cotangent: Array
+) -> tuple:
+    """Cotangents of (constants, xs, h0), by the kernel."""
+    assert cell.fused is not None
+    arrays = (constants[0], xs, h0, states, cotangent)
+    of_step, of_xs, of_h0 = fused_cotangents(cell.fused, *arrays, state_axes=STATE_AXES[cell.structure])
+    return (list(of_step), jax.tree.map(jnp.zeros_like, constants[1])), of_xs, of_h0
+
+
+@_cotangents.defjvp
+def _cotangents_jvp(cell: _Cell, newton: _Newton, primals: tuple, tangents: tuple) -> tuple:
+    def by_the_formula(constants: tuple, xs: PyTree, h0: Array, states: Array, cotangent: Array) -> tuple:
+        prev = _previous(states, h0)
+        J = cell.exact(prev, xs, constants[1] if cell.exact_is_own else constants[0])
+
+        def moved(change: Array, start: Array) -> Array:
+            return newton.scan(J, change, start, structure=cell.exact_structure)
+
+        # lambda_t = g_t + J_{t+1}^T lambda_{t+1}, and dh_0: the transpose of the recurrence of the tangents.
+        adjoint, of_h0 = jax.vjp(moved, jnp.zeros_like(states), jnp.zeros_like(h0))[1](cotangent)
+        of_step, of_xs = jax.vjp(lambda c, xs: cell.step(prev, xs, c), constants[0], xs)[1](adjoint)
+        return (of_step, jax.tree.map(jnp.zeros_like, constants[1])), of_xs, of_h0
+
+    found = _cotangents(cell, newton, *primals)
+    return found, jax.jvp(by_the_formula, primals, tangents)[1]
 
 
 def _iterate(cell: _Cell, newton: _Newton, constants: tuple, xs: PyTree, h0: Array, guess: Array | None) -> Solution:
@@ -261,6 +339,16 @@ def _over(function: Callable, axes: int, prev: Array, xs: PyTree, constants: Any
     for _ in range(axes):
         mapped = jax.vmap(mapped)
     return mapped(prev, xs)
+
+
+def _widened(step: Callable) -> Callable:
+    """A step that takes float32 at least, for states and inputs of any dtype."""
+
+    def widened(h: Array, x: PyTree, *constants: Any) -> Array:
+        wide, inputs = jax.tree.map(lambda a: a.astype(computed(a.dtype)), (h, x))
+        return step(wide, inputs, *constants).astype(h.dtype)
+
+    return widened
 
 
 def _previous(states: Array, h0: Array) -> Array:
@@ -376,6 +464,13 @@ def _check_options(
         )
     if trust and structure not in ("diagonal", "quasi"):
         raise ValueError(f"trust needs a diagonal or quasi structure, got {structure!r}")
+
+
+def _check_fused(structure: str, mesh: Mesh | None) -> None:
+    if structure not in ("diagonal", "block"):
+        raise ValueError(f"method 'fused' takes the structures 'diagonal' and 'block', got {structure!r}")
+    if mesh is not None:
+        raise ValueError("method 'fused' runs through time on one device: it takes no mesh")
 
 
 def _split_shape(h0: AnyArray, xs: PyTree, structure: str) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -35,6 +35,7 @@ def dense(params, h, x):
 CELLS = {"diagonal": diagonal, "block": block, "dense": dense, "quasi": dense}
 STATE = {"diagonal": (WIDTH,), "block": (2, 2), "dense": (WIDTH,), "quasi": (WIDTH,)}
 CASES = [(structure, method) for structure in CELLS for method in ("sequential", "parallel")] + [("block", "chunked")]
+FUSED = [("diagonal", "fused"), ("block", "fused")]
 
 
 def problem(structure, length=LENGTH, batch=(BATCH,), scale=0.5, seed=0):
@@ -53,10 +54,12 @@ def one_by_one(structure, params, xs, h0):
 
 
 def solve(structure, params, xs, h0, **options):
+    if structure == "block":
+        params = params[:, :2]  # a number for each channel is what the fused method wants
     return solve_recurrence(lambda h, x: CELLS[structure](params, h, x), xs, h0, structure=structure, **options)
 
 
-@pytest.mark.parametrize(("structure", "method"), CASES)
+@pytest.mark.parametrize(("structure", "method"), CASES + FUSED)
 def test_states_and_derivatives_are_those_of_the_loop(structure, method):
     arrays = problem(structure)
     weights = np.random.default_rng(1).normal(size=arrays[1].shape)
@@ -76,7 +79,7 @@ def test_states_and_derivatives_are_those_of_the_loop(structure, method):
             return jax.jit(run)
 
         expected = everything(partial(one_by_one, structure))(*arrays)
-        options = {} if method == "sequential" else TIGHT
+        options = {} if method in ("sequential", "fused") else TIGHT
         mine = everything(lambda *arrays: solve(structure, *arrays, method=method, **options).states)(*arrays)
     # The states are solved to 1e-13, and the derivatives are sums of about 50 of them.
     for one, other in zip(jax.tree.leaves(mine), jax.tree.leaves(expected), strict=True):
@@ -293,6 +296,9 @@ def test_a_wrong_structure_is_seen_by_the_check():
         ({"h0": np.zeros((3, WIDTH), np.float32)}, r"\(time, \*batch, \.\.\.\)"),
         ({"h0": np.zeros((BATCH, WIDTH), int)}, "int32 floats"),
         ({"f": lambda h, x: h[:2]}, r"f maps a state \(4,\) of float32 to \(2,\)"),
+        ({"method": "fused", "structure": "dense"}, "method 'fused' takes the structures .*, got 'dense'"),
+        ({"method": "fused", "mesh": Mesh(np.array(jax.devices()), "seq")}, "takes no mesh"),
+        ({"method": "fused", "f": lambda h, x: h * np.ones((4, 3), np.float32)[:, 0] + x[::-1]}, "not channelwise"),
     ],
 )
 def test_bad_input_is_refused(options, message):
