@@ -83,6 +83,23 @@ def test_remat_keeps_less_for_the_backward_pass(params):
     assert kept(False) > 3 * kept(True)
 
 
+class Sowing(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(x.shape[-1])(x)
+        self.sow("diagnostics", "size", jnp.abs(x).max(), reduce_fn=lambda _, new: new, init_fn=lambda: jnp.zeros(()))
+        return x
+
+
+def test_what_layers_sow_survives_the_scan():
+    looped, scanned = (Stack(Sowing, 3, {}, scan=scan) for scan in (False, True))
+    params = looped.init(jax.random.key(1), X)["params"]
+    _, rows = looped.apply({"params": params}, X, mutable="diagnostics")
+    _, stacked = scanned.apply({"params": stack_layers(params)}, X, mutable="diagnostics")
+    expected = [rows["diagnostics"][f"layers_{layer}"]["size"] for layer in range(3)]
+    np.testing.assert_allclose(stacked["diagnostics"]["layers"]["size"], expected, rtol=1e-6)
+
+
 def test_layers_of_other_names_are_refused():
     with pytest.raises(ValueError, match="expected layers_0 to layers_1, got"):
         stack_layers({"layers_0": {}, "head": {}})

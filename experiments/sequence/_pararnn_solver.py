@@ -1,0 +1,171 @@
+"""The parallel solver on ParaRNN's cells: iterations, exactness, what the clip is for, time against length.
+
+A part of `pararnn`. Nothing is trained here: cells are drawn as the paper draws them and run on white noise.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from ml_collections import ConfigDict
+
+from jaxpapers.sequence.pararnn import GRUParams, LSTMParams, Solver, init_gru, init_lstm, preactivations, solve
+
+CELLS: dict[str, Callable[..., GRUParams | LSTMParams]] = {"gru": init_gru, "lstm": init_lstm}
+CONVERGED = 1e-5  # largest residual of a state that counts as found (the card)
+NUM_HEADS = 4
+
+
+def draw(key: Array, cell: str, width: int, length: int, batch_size: int) -> tuple[GRUParams | LSTMParams, Array]:
+    """A cell of the paper's initialisation, and the pre-activations (time, batch, 3, width) of white noise."""
+    key_params, key_x = jax.random.split(key)
+    params = CELLS[cell](key_params, width, width, NUM_HEADS)
+    x = jax.random.normal(key_x, (length, batch_size, width))
+    return params, preactivations(x, params.B, params.b)
+
+
+def residuals(params: GRUParams | LSTMParams, g: Array, iterations: int) -> Array:
+    """(iterations + 1,) largest residual of the guess and after each Newton iteration."""
+    return solve(params, g, solver=Solver(method="chunked", max_iterations=iterations)).residuals
+
+
+def analyse_convergence(config: ConfigDict) -> dict[str, Any]:
+    """Residuals of every cell, width and length (App. A, Fig. 4): `newton/<cell>/D<width>/L<length>`, (seeds, k)."""
+    metrics = {}
+    for cell in CELLS:
+        for width in config.newton.widths:
+            for length in config.newton.lengths:
+                metrics[f"newton/{cell}/D{width}/L{length}"] = np.asarray(
+                    convergence(seed_keys(config), cell, width, length, config.newton.batch_size)
+                )
+    return metrics
+
+
+@partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def convergence(keys: Array, cell: str, width: int, length: int, batch_size: int) -> Array:
+    """(seeds, 5) residuals at k = 0..4."""
+    return jax.vmap(lambda key: residuals(*draw(key, cell, width, length, batch_size), 4))(keys)
+
+
+def seed_keys(config: ConfigDict) -> Array:
+    """One key a seed."""
+    return jax.random.split(jax.random.key(config.seed), config.num_seeds)
+
+
+def analyse_exactness(config: ConfigDict) -> dict[str, Any]:
+    """Parallel against sequential states, and gradients of sum h^2: `exact/<cell>/<float>/<what>`, the largest of all.
+
+    Differences are relative to the largest entry of the sequential route's array. Float32 takes the paper's three
+    iterations, float64 five (the paper's three end at float32's precision) and the first of the lengths alone: what
+    takes the time is compiling.
+    """
+    metrics = {}
+    for cell in CELLS:
+        for bits, iterations, lengths in ((32, 3, config.newton.lengths), (64, 5, config.newton.lengths[:1])):
+            with jax.enable_x64(bits == 64):
+                worst: dict[str, float] = {}
+                for width in config.newton.widths:
+                    for length in lengths:
+                        found = differences(
+                            seed_keys(config), cell, width, length, config.newton.batch_size, iterations, bits
+                        )
+                        for what, value in found.items():
+                            worst[what] = max(worst.get(what, 0.0), float(jnp.max(value)))
+            metrics |= {f"exact/{cell}/float{bits}/{what}": value for what, value in worst.items()}
+    return metrics
+
+
+@partial(jax.jit, static_argnums=(1, 2, 3, 4, 5, 6))
+def differences(
+    keys: Array, cell: str, width: int, length: int, batch_size: int, iterations: int, bits: int
+) -> dict[str, Array]:
+    """(seeds,) relative differences of the states, and of the gradients with respect to g and A."""
+
+    def of_seed(key: Array) -> dict[str, Array]:
+        params, g = jax.tree.map(lambda leaf: leaf.astype(f"float{bits}"), draw(key, cell, width, length, batch_size))
+
+        def energy(A: Array, g: Array, method: str) -> tuple[Array, Array]:
+            found = solve(params._replace(A=A), g, solver=Solver(method=method, max_iterations=iterations)).states
+            h = found[..., 1, :] if cell == "lstm" else found
+            return jnp.sum(jnp.square(h)), h
+
+        (grads, expected), (ours, h) = (
+            jax.grad(energy, argnums=(0, 1), has_aux=True)(params.A, g, method) for method in ("sequential", "chunked")
+        )
+        pairs = {"states": (h, expected), "grad_A": (ours[0], grads[0]), "grad_g": (ours[1], grads[1])}
+        return {what: jnp.max(jnp.abs(a - b)) / jnp.max(jnp.abs(b)) for what, (a, b) in pairs.items()}
+
+    return jax.vmap(of_seed)(keys)
+
+
+def analyse_clip(config: ConfigDict) -> dict[str, Any]:
+    """Iterations until the residual is below 1e-5, by the size of a and c (App. C.1): `clip/<cell>/<amplitude>`.
+
+    Entries (seeds,); inf where that many iterations were not enough.
+    """
+    settings = config.clip
+    metrics = {}
+    for cell in CELLS:
+        for amplitude in settings.amplitudes:
+            found = clipped(seed_keys(config), cell, amplitude, settings.width, settings.length, settings.iterations)
+            below = np.asarray(found) < CONVERGED
+            metrics[f"clip/{cell}/{amplitude:g}"] = np.where(below.any(1), below.argmax(1), np.inf)
+    return metrics
+
+
+@partial(jax.jit, static_argnums=(1, 3, 4, 5))
+def clipped(keys: Array, cell: str, amplitude: float, width: int, length: int, iterations: int) -> Array:
+    """(seeds, iterations + 1) residuals of cells with a, c ~ U(+-amplitude)."""
+
+    def of_seed(key: Array) -> Array:
+        key_draw, key_a, key_c = jax.random.split(key, 3)
+        params, g = draw(key_draw, cell, width, length, 1)
+        params = params._replace(A=jax.random.uniform(key_a, params.A.shape, minval=-amplitude, maxval=amplitude))
+        if isinstance(params, LSTMParams):
+            params = params._replace(C=jax.random.uniform(key_c, params.C.shape, minval=-amplitude, maxval=amplitude))
+        return residuals(params, g, iterations)
+
+    return jax.vmap(of_seed)(keys)
+
+
+def analyse_speed(config: ConfigDict) -> dict[str, Any]:
+    """Time of the forward pass by method and length (Figs. 1, 2, 5): `speed/<cell>/<method>`, seconds per length.
+
+    The least of `repeats` runs, as in the paper; batch and width are not printed there. `speed_up/<cell>` is the
+    sequential time over the best parallel one; on an accelerator it is also kept as `accelerator/speed_up/<cell>`,
+    which is what the claim is checked on.
+    """
+    settings = config.speed
+    metrics: dict[str, Any] = {"speed/lengths": np.array(settings.lengths)}
+    methods = ("sequential", "parallel", "chunked") + (() if jax.default_backend() == "cpu" else ("fused",))
+    for cell in CELLS:
+        times: dict[str, list[float]] = {method: [] for method in methods}
+        for length in settings.lengths:
+            params, g = draw(jax.random.key(config.seed), cell, settings.width, length, settings.batch_size)
+            for method in methods:
+                times[method].append(least_seconds(params, g, method, settings.repeats))
+        metrics |= {f"speed/{cell}/{method}": np.array(seconds) for method, seconds in times.items()}
+        best = np.min([times[method] for method in methods[1:]], axis=0)
+        metrics[f"speed_up/{cell}"] = np.array(times["sequential"]) / best
+        if jax.default_backend() != "cpu":
+            metrics[f"accelerator/speed_up/{cell}"] = metrics[f"speed_up/{cell}"]
+    metrics["depth/newton"] = np.array([3 * 2 * math.ceil(math.log2(length)) for length in settings.lengths])
+    return metrics
+
+
+def least_seconds(params: GRUParams | LSTMParams, g: Array, method: str, repeats: int) -> float:
+    """Of one forward pass."""
+    forward = jax.jit(lambda params, g: solve(params, g, solver=Solver(method=method)).states)
+    jax.block_until_ready(forward(params, g))
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(forward(params, g))
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)

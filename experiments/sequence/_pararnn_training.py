@@ -1,0 +1,292 @@
+"""Training of ParaRNN's models and their rivals: the synthetic tasks (Table 6) and the language model (Table 5).
+
+A part of `pararnn`. All mixers of a task, or of a corpus, see the same batches in the same order for as many updates.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from experiments.harness import Run
+from jaxpapers.data import tasks
+from jaxpapers.data.text import Corpus, load_text, sample_text_windows, split_text, text_windows, tokenise
+from jaxpapers.sequence.pararnn import (
+    SIZES,
+    ParaRNNLM,
+    Solver,
+    SyntheticModel,
+    language_loss,
+    language_model,
+    newton_residual,
+    project_recurrent,
+    weight_decay_mask,
+)
+from jaxpapers.train import (
+    OnDevice,
+    TrainState,
+    TrainStep,
+    create_population,
+    create_state,
+    make_optimizer,
+    make_schedule,
+    make_train_step,
+    to_host,
+    vmap_step,
+)
+
+GENERATORS: dict[str, Callable[..., tasks.TaskBatch]] = {
+    "parity": tasks.parity,
+    "k_hop_1": partial(tasks.k_hop, hops=1),
+    "k_hop_2": partial(tasks.k_hop, hops=2),
+    "mqar": tasks.mqar,
+    "keep_nth": tasks.keep_nth,
+}
+OWN_SOURCE = "own_source"  # this file: a text that needs no download, for `smoke`
+NEWTON = Solver(method="chunked", max_iterations=3)  # the paper's, to see what it leaves after training
+
+
+class TaskSetup(NamedTuple):
+    """What trains a population of one mixer on one task.
+
+    Attributes:
+      model: the network.
+      state: before the first update, one row a seed.
+      train_step: of the population.
+      batches: fresh sequences of every step; seeds have their own, mixers the same.
+      keys: one a seed.
+      score: `params -> {"accuracy", "last"}` on fixed test sequences, over all asked positions and over the last one.
+    """
+
+    model: nn.Module
+    state: TrainState
+    train_step: TrainStep
+    batches: OnDevice
+    keys: Array
+    score: Callable[[Any], dict[str, Array]]
+
+
+def optimizer_of(config: ConfigDict, recipe: ConfigDict) -> optax.GradientTransformation:
+    """AdamW with a cosine to 0, decay of matrices alone, and the projection of a and c after every update."""
+    schedule = make_schedule(
+        "cosine_decay_schedule", recipe.rate, 0.0, recipe.updates, warmup_steps=int(recipe.warmup * recipe.updates)
+    )
+    optimizer = make_optimizer(
+        config.optimizer,
+        schedule,
+        b1=recipe.betas[0],
+        b2=recipe.betas[1],
+        weight_decay=recipe.weight_decay,
+        mask=weight_decay_mask,
+    )
+    if not recipe.max_norm:
+        return optimizer
+
+    def project(updates: Any, params: Any) -> Any:
+        projected = project_recurrent(optax.apply_updates(params, updates), recipe.max_norm)
+        return jax.tree.map(jnp.subtract, projected, params)
+
+    return optax.chain(optimizer, optax.stateless(project))
+
+
+def set_up_task(name: str, mixer: str, config: ConfigDict) -> TaskSetup:
+    """Model, loss, batches and score of a mixer on a task."""
+    recipe = config.tasks[name]
+    options = {} if name == "parity" else {"vocab": recipe.vocab}
+    draw = partial(GENERATORS[name], batch=recipe.batch_size, length=recipe.length, **options)
+    model = SyntheticModel(
+        recipe.vocab,
+        config.width,
+        config.num_heads,
+        mixer,
+        bare=recipe.bare,
+        max_length=recipe.length if recipe.positions or (mixer == "attention" and recipe.bare) else None,
+    )
+    optimizer = optimizer_of(config, recipe)
+    seeds = jax.random.split(jax.random.key(config.seed), config.num_seeds)
+    init_keys, data_keys, keys = jnp.moveaxis(jax.vmap(lambda seed: jax.random.split(seed, 3))(seeds), 1, 0)
+
+    def init(key: Array) -> Any:
+        return model.init(key, jnp.zeros((1, recipe.length), jnp.int32))["params"]
+
+    def loss_fn(params: Any, extra: Any, batch: tasks.TaskBatch, key: Array) -> tuple:
+        logits = model.apply({"params": params}, batch.tokens)
+        loss, terms = language_loss(logits, batch.labels, batch.mask.astype(logits.dtype), z_loss=0.0)
+        return loss, (extra, {"accuracy": terms.accuracy})
+
+    def score(params: Any, key: Array) -> dict[str, Array]:
+        test = GENERATORS[name](key, recipe.test_samples, recipe.length, **options)
+        right = jnp.argmax(model.apply({"params": params}, test.tokens), axis=-1) == test.labels
+        last = test.mask & (jnp.arange(recipe.length) == recipe.length - 1)
+        return {
+            "accuracy": jnp.sum(right & test.mask) / jnp.sum(test.mask),
+            "last": jnp.sum(right & last) / jnp.maximum(jnp.sum(last), 1),
+        }
+
+    return TaskSetup(
+        model,
+        create_population(init, optimizer, init_keys),
+        vmap_step(make_train_step(loss_fn, optimizer)),
+        OnDevice(lambda step: jax.vmap(lambda key: draw(jax.random.fold_in(key, step)))(data_keys)),
+        keys,
+        jax.jit(lambda params: jax.vmap(score, (0, None))(params, jax.random.key(config.seed + 1))),
+    )
+
+
+def study_tasks(config: ConfigDict, run: Run) -> dict[str, Any]:
+    """Trains every mixer on every task: `tasks/<task>/<mixer>/accuracy` and `/last`, one number a seed."""
+    metrics = {}
+    for name in config.tasks:
+        recipe = config.tasks[name]
+        for mixer in recipe.mixers:
+            setup = set_up_task(name, mixer, config)
+            fitted = run.fit(
+                f"{name}_{mixer}",
+                setup.state,
+                setup.train_step,
+                setup.batches,
+                recipe.updates,
+                key=setup.keys,
+                steps_per_call=config.updates_per_call,
+                log_every=10 * config.updates_per_call,
+            )
+            scores = to_host(setup.score(fitted.state.params))
+            metrics |= {f"tasks/{name}/{mixer}/{what}": value for what, value in scores.items()}
+    return metrics
+
+
+class LanguageSetup(NamedTuple):
+    """What trains one language model.
+
+    Attributes:
+      model: the network.
+      state: before the first update.
+      train_step: its update, of a batch (sequences, length + 1) of tokens.
+      evaluate: `(params, tokens) -> {"cross_entropy", "residual"}`; the residual that three Newton iterations leave.
+    """
+
+    model: ParaRNNLM
+    state: TrainState
+    train_step: TrainStep
+    evaluate: Callable[[Any, Any], dict[str, Array]]
+
+
+def lm_model(mixer: str, vocab_size: int, config: ConfigDict, mesh: Mesh | None = None) -> ParaRNNLM:
+    """A row of the paper's tables, or the small model of the config; split over `seq` where the mesh has that axis."""
+    recipe = config.lm
+    split = mesh if mesh is not None and mesh.shape["seq"] > 1 and mixer in ("gru", "lstm") else None
+    options: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "remat": recipe.remat,
+        "scan": recipe.scan,
+        "dtype": jnp.dtype(recipe.dtype),
+        # A sequence that is split is solved in parallel in any case.
+        "mixer_options": {"solver": Solver(method="chunked" if split else "auto", mesh=split)}
+        if mixer in ("gru", "lstm")
+        else {},
+    }
+    if recipe.size:
+        return language_model(SIZES[recipe.size][mixer], **options)
+    if mixer == "mamba2":
+        options["mixer_options"] = {"head_dim": recipe.width * 2 // recipe.num_heads, "state_size": 16}
+    return ParaRNNLM(recipe.width, recipe.num_layers, recipe.num_heads, mixer=mixer, **options)
+
+
+def set_up_lm(
+    mixer: str, vocab_size: int, config: ConfigDict, mesh: Mesh | None = None, *, abstract: bool = False
+) -> LanguageSetup:
+    """Model, loss and score of a mixer on text; with `abstract` the state has shapes and no numbers."""
+    recipe = config.lm
+    model = lm_model(mixer, vocab_size, config, mesh)
+    optimizer = optimizer_of(config, recipe)
+
+    def over_devices(tokens: Array) -> Array:
+        if mesh is None:
+            return tokens
+        return jax.lax.with_sharding_constraint(tokens, NamedSharding(mesh, PartitionSpec("data", "seq")))
+
+    def loss_fn(params: Any, extra: Any, batch: Array, key: Array) -> tuple:
+        tokens, targets = over_devices(batch[:, :-1]), over_devices(batch[:, 1:])
+        logits, sown = model.apply({"params": params}, tokens, mutable="diagnostics")
+        loss, terms = language_loss(logits, targets, z_loss=recipe.z_loss)
+        residual = newton_residual(sown.get("diagnostics", {}))
+        return loss, (extra, {"cross_entropy": terms.cross_entropy, "newton_residual": residual})
+
+    def init() -> TrainState:
+        tokens = jnp.zeros((1, recipe.length), jnp.int32)
+        params = model.clone(mixer_options=_local(model)).init(jax.random.key(config.seed), tokens)["params"]
+        return create_state(params, optimizer)
+
+    parallel = model.clone(mixer_options={"solver": NEWTON}) if mixer in ("gru", "lstm") else model
+
+    def evaluate(params: Any, tokens: Array) -> dict[str, Array]:
+        logits = model.apply({"params": params}, tokens[:, :-1])
+        _, terms = language_loss(logits, tokens[:, 1:], z_loss=0.0)
+        _, sown = parallel.apply({"params": params}, tokens[:, :-1], mutable="diagnostics")
+        return {
+            "cross_entropy": terms.cross_entropy,
+            "residual": newton_residual(sown.get("diagnostics", {})),
+        }
+
+    state = jax.eval_shape(init) if abstract else jax.jit(init)()
+    return LanguageSetup(model, state, make_train_step(loss_fn, optimizer), jax.jit(evaluate))
+
+
+def _local(model: ParaRNNLM) -> Mapping[str, Any]:
+    """The mixer's options without a mesh: initialisation sees one short sequence."""
+    options = dict(model.mixer_options)
+    if "solver" in options:
+        options["solver"] = options["solver"]._replace(mesh=None)
+    return options
+
+
+def study_language(corpus: Corpus, config: ConfigDict, run: Run) -> dict[str, Any]:
+    """Trains every mixer on the text: `lm/<mixer>/perplexity` of the validation text, `/residual`, `/parameters`."""
+    recipe = config.lm
+    train, valid = (np.asarray(part, np.int32) for part in (corpus.train, corpus.validation))
+    key, size = jax.random.key(config.seed), recipe.length + 1
+    windows = text_windows(valid, size, stride=recipe.length)[: recipe.test_windows]
+    metrics: dict[str, Any] = {}
+    for mixer in recipe.mixers:
+        setup = set_up_lm(mixer, corpus.vocab_size, config, run.mesh)
+        metrics[f"lm/{mixer}/parameters"] = sum(leaf.size for leaf in jax.tree.leaves(setup.state.params))
+
+        def evaluate(state: TrainState, setup: LanguageSetup = setup) -> dict[str, Array]:
+            return setup.evaluate(state.params, windows)
+
+        fitted = run.fit(
+            f"lm_{mixer}",
+            setup.state,
+            setup.train_step,
+            OnDevice(lambda step: sample_text_windows(jax.random.fold_in(key, step), train, recipe.batch_size, size)),
+            recipe.updates,
+            key=jax.random.key(config.seed),
+            steps_per_call=recipe.updates_per_call,
+            log_every=recipe.updates_per_call,
+            evaluate=evaluate,
+            evaluate_every=recipe.evaluate_every,
+        )
+        scores = to_host(setup.evaluate(fitted.state.params, windows))
+        metrics[f"lm/{mixer}/perplexity"] = np.exp(scores["cross_entropy"])
+        metrics[f"lm/{mixer}/residual"] = scores["residual"]
+    return metrics
+
+
+def load_corpus(config: ConfigDict) -> Corpus:
+    """The text of the config.
+
+    Raises:
+      DataNotFound: its file is missing and cannot be downloaded.
+    """
+    if config.lm.text == OWN_SOURCE:
+        return tokenise(split_text(Path(__file__).read_text(encoding="utf8")), config.lm.encoding)
+    return load_text(config.lm.text, config.lm.encoding)
