@@ -8,6 +8,9 @@ Map of the room:
 - `series`: readers of time series; `alrnn_series` has the seven series that the AL-RNN authors ship.
 - `dynamics`: simulators: a Runge-Kutta integrator, the fields of Lorenz-63, Roessler and Lorenz-96,
   standardisation and delay embedding. What needs no download.
+- `text`: text corpora as characters or bytes, their splits, windows of tokens.
+- `waves`: travelling waves on a grid (Stuart-Landau), what a vortex street looks like.
+- `tasks`: synthetic sequence tasks, drawn by key: parity, MQAR, k-hop, Keep-nth.
 - `windows`: batches as pure functions of the step, so that a resumed run continues bit for bit:
   `window_batches` on the device, `host_batches` (a grain dataset) on the host.
 

@@ -14,6 +14,11 @@ or Newton's method, which for such a map is an iteration on the signs alone: gue
 signs, and so on. When the signs repeat the orbit is exact, so it ends after finitely many rounds (the first
 t states are exact after t rounds), whatever the guess.
 
+The same iteration is at hand as one on the states, by the general solver of `ops.newton` ("solver"): the same number
+of rounds and the same states up to rounding, as long as no iterate overflows. It goes on from the states of the round
+before and ends when their residual is down to rounding, where the iteration on signs computes every round from the
+signs alone and ends when they repeat: an orbit that a wrong guess sends to infinity does not stop that one.
+
 The adjoint of z_t is affine too, and needs the signs of the forward pass only:
 
     lambda_t = g_t + k_t * (A + D_{t+1} W^T) lambda_{t+1},    g_t = dl/dz_t,
@@ -33,12 +38,17 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxpapers.ops.newton import solve_recurrence
 from jaxpapers.ops.scan import affine_scan
 
 # Accelerators would round the factors (TF32, bfloat16); over hundreds of chaotic steps that is another orbit.
 HIGHEST = lax.Precision.HIGHEST
 
-METHODS = ("sequential", "newton", "symbols")
+METHODS = ("sequential", "newton", "symbols", "solver")
+
+# The residual at which "solver" ends, in units of the precision. A settled orbit of standardised data leaves a few
+# units; a sign that is still wrong far more, unless its state is as near to zero.
+SOLVER_TOLERANCE = 1024
 
 
 class PWLMap(NamedTuple):
@@ -63,7 +73,7 @@ class OrbitInfo(NamedTuple):
     Attributes:
         iterations: affine scans that were needed (0 for the sequential method).
         converged: whether the signs that the orbit was computed with are its own, and it is finite: then it
-            is exact. Always true of the sequential method.
+            is exact. Of "solver": whether its residual is that of rounding. Always true of the sequential method.
     """
 
     iterations: Array
@@ -99,7 +109,7 @@ def forced_orbit(
     Reverse mode only, of any order. Gradients reach the map, z0 and the forcing; the signs have none.
 
     Args:
-        method: "sequential", "newton" or "symbols".
+        method: "sequential", "newton" (on the signs), "symbols" or "solver" (on the states).
         max_iterations: limit on Newton's affine scans; None for T, which always suffices in exact arithmetic.
         pwl: the map.
         z0: the state z~_0.
@@ -122,6 +132,11 @@ def forced_orbit(
         states = _sequential(pwl, z0, forcing)
         batch = z0.shape[-1]
         return states, None, OrbitInfo(jnp.zeros(batch, jnp.int32), jnp.ones(batch, bool))
+    if method == "solver":
+        previous, iterations, settled = _solver(pwl, z0, forcing, guess, max_iterations)
+        positive = previous > 0
+        states = _predict(pwl, previous, positive)
+        return states, positive, OrbitInfo(iterations, settled & jnp.all(jnp.isfinite(states), axis=(0, 1)))
     if method == "symbols":
         previous = _given_symbols(pwl, z0, forcing, guess)
         iterations = jnp.ones(z0.shape[-1], jnp.int32)
@@ -258,6 +273,38 @@ def _newton(
     carry = (start, guess, jnp.zeros(batch, jnp.int32), jnp.ones(batch, bool), 0)
     previous, positive, iterations, _, _ = lax.while_loop(unsettled, again, carry)
     return previous, positive, iterations
+
+
+def _solver(
+    pwl: PWLMap, z0: Array, forcing: Forcing, guess: Array, max_iterations: int | None
+) -> tuple[Array, Int[Array, "batch"], Bool[Array, "batch"]]:
+    """z~_0..z~_{T-1} by the general solver, each sequence by itself, so that it has its own number of iterations."""
+
+    def step(z: Array, forcing: Forcing) -> Array:
+        return forcing.keep * _predict(pwl, z[:, None], z[:, None] > 0)[:, 0] + forcing.inject
+
+    def jacobian(z: Array, forcing: Forcing) -> Array:
+        slopes = _slopes(pwl, z[:, None] > 0)[:, 0]
+        return forcing.keep[:, None] * (jnp.diag(pwl.a) + pwl.W * slopes)
+
+    def solve(z0: Array, inject: Array, guess: Array) -> tuple[Array, Array, Array]:
+        # The solver starts from z~_1..z~_T. The sign of z~_0 is known, that of z~_T is not asked for.
+        start = jnp.where(jnp.roll(guess, -1, axis=0), 1, -1).astype(z0.dtype)
+        solution = solve_recurrence(
+            step,
+            Forcing(forcing.keep, inject),
+            z0,
+            structure="dense",
+            jacobian=jacobian,
+            guess=start,
+            max_iterations=len(start) if max_iterations is None else max_iterations,
+            tolerance=SOLVER_TOLERANCE * float(jnp.finfo(z0.dtype).eps),
+            method="chunked",
+        )
+        previous = jnp.concatenate([z0[None], solution.states[:-1]])
+        return previous, solution.iterations, solution.converged
+
+    return jax.vmap(solve, in_axes=-1, out_axes=(-1, 0, 0))(z0, forcing.inject, guess)
 
 
 def prefix_products(matrices: Float[Array, "time *batch dim dim"]) -> Float[Array, "time *batch dim dim"]:

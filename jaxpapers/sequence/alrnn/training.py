@@ -64,11 +64,12 @@ def teacher_forced(
         alpha: forcing strength, 0 to 1.
         num_pwl: P.
         forced: "readouts" or "state".
-        method: "sequential"; "newton", the iteration on the symbols; or "symbols", one affine scan under given
-            symbols. Values and gradients agree where the info says converged. Newton pays on an accelerator,
-            for long windows and strong forcing; on a CPU the sequential scan wins.
-        symbols: the bits of z~_0..z~_{T-1}; needed by "symbols", and a first guess to "newton" (by default the
-            bits of [x_t; L x_t]).
+        method: "sequential"; "newton", the iteration on the symbols; "solver", the same on the states, by the
+            general solver of `ops.newton` (see kernels); or "symbols", one affine scan under given symbols. Values
+            and gradients agree where the info says converged. Newton pays on an accelerator, for long windows and
+            strong forcing; on a CPU the sequential scan wins.
+        symbols: the bits of z~_0..z~_{T-1}; needed by "symbols", and a first guess to "newton" and "solver" (by
+            default the bits of [x_t; L x_t]).
         max_iterations: limit on Newton's iterations; None for T, which always suffices in exact arithmetic.
 
     Returns:
