@@ -32,6 +32,22 @@ class UsageError(ValueError):
     """Something the caller typed cannot be done; printed as one line."""
 
 
+def require(holds: Any, field: str, value: Any, expected: str) -> None:
+    """Refuses a field of a config.
+
+    Args:
+      holds: whether the value can be taken.
+      field: such as `lm.rate`.
+      value: what it is.
+      expected: what it takes, after "must be".
+
+    Raises:
+      UsageError: it cannot.
+    """
+    if not holds:
+        raise UsageError(f"config.{field}={value} must be {expected}")
+
+
 class Entry(NamedTuple):
     """A row of the catalogue.
 

@@ -12,7 +12,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, PyTree
 from ml_collections import ConfigDict
 
-from experiments.catalogue import UsageError, nearest
+from experiments.catalogue import UsageError, nearest, require
 from experiments.harness import Run
 from jaxpapers.data.dynamics import simulate_lorenz63, simulate_lorenz96, simulate_rossler, standardise
 from jaxpapers.data.series import ALRNN_SERIES, alrnn_series
@@ -119,44 +119,44 @@ def check_config(config: ConfigDict) -> None:
     Raises:
       UsageError: the field with its value, and what it takes.
     """
-    _require(config.systems, "systems", config.systems, "at least one system")
+    require(config.systems, "systems", config.systems, "at least one system")
     for name in config.systems:
         if name not in RECIPES:
             raise UsageError(f"unknown system {name!r}{nearest(name, RECIPES)}")
     for field in AT_LEAST_1:
-        _require(1 <= config[field] <= LARGEST, field, config[field], f"at least 1 and at most {LARGEST}")
-    _require(config.get("pad_models", 1) >= 1, "pad_models", config.get("pad_models"), "at least 1")
+        require(1 <= config[field] <= LARGEST, field, config[field], f"at least 1 and at most {LARGEST}")
+    require(config.get("pad_models", 1) >= 1, "pad_models", config.get("pad_models"), "at least 1")
     for field in ("transient", "min_evaluations"):
-        _require(config[field] >= 0, field, config[field], "at least 0")
-    _require(abs(config.seed) < 2**31 - 1, "seed", config.seed, "a 32-bit integer")
-    _require(config.slope_penalties, "slope_penalties", config.slope_penalties, "at least one penalty")
-    _require(min(config.slope_penalties) >= 0, "slope_penalties", config.slope_penalties, "at least 0 each")
+        require(config[field] >= 0, field, config[field], "at least 0")
+    require(abs(config.seed) < 2**31 - 1, "seed", config.seed, "a 32-bit integer")
+    require(config.slope_penalties, "slope_penalties", config.slope_penalties, "at least one penalty")
+    require(min(config.slope_penalties) >= 0, "slope_penalties", config.slope_penalties, "at least 0 each")
     shortest = 2 * WORD_LENGTH  # a quarter of the free run may be dropped as its transient
-    _require(config.free_run >= shortest, "free_run", config.free_run, f"at least {shortest}")
+    require(config.free_run >= shortest, "free_run", config.free_run, f"at least {shortest}")
     for name in config.systems:
         _check_recipe(name, config)
     every, call = config.evaluate_every, config.updates_per_call
     once = every >= max(config[name].updates for name in config.systems)
-    _require(once or every % call == 0, "evaluate_every", every, f"a multiple of updates_per_call={call}")
+    require(once or every % call == 0, "evaluate_every", every, f"a multiple of updates_per_call={call}")
 
 
 def _check_recipe(name: str, config: ConfigDict) -> None:
     recipe = config[name]
     for field, (low, open_) in LIMITS.items():
         value = recipe[field]
-        _require(value > low or (value == low and not open_), f"{name}.{field}", value, _bound(low, open_))
-        _require(value <= LARGEST, f"{name}.{field}", value, f"at most {LARGEST}")
+        require(value > low or (value == low and not open_), f"{name}.{field}", value, _bound(low, open_))
+        require(value <= LARGEST, f"{name}.{field}", value, f"at most {LARGEST}")
     rows, dim = series_shape(name, config)
-    _require(recipe.smoothing <= rows, f"{name}.smoothing", recipe.smoothing, f"at most the {rows} rows of {name}")
+    require(recipe.smoothing <= rows, f"{name}.smoothing", recipe.smoothing, f"at most the {rows} rows of {name}")
     longest = {f"{name}.window": recipe.window, "the horizon of PE": PREDICTION_STEPS}
     if name == "lorenz63":
         longest |= {"newton_lengths": max(config.newton_lengths, default=1)}
-        _require(min(config.newton_lengths, default=1) >= 1, "newton_lengths", config.newton_lengths, "at least 1 each")
+        require(min(config.newton_lengths, default=1) >= 1, "newton_lengths", config.newton_lengths, "at least 1 each")
     for field, steps in longest.items():
-        _require(steps < rows, field, steps, f"less than the {rows} rows of {name}")
-    _require(recipe.latent_dim >= dim, f"{name}.latent_dim", recipe.latent_dim, f"at least the {dim} observables")
-    _require(recipe.bins**dim < 2**31, f"{name}.bins", recipe.bins, f"so few that bins^{dim} stays below 2^31")
-    _require(recipe.num_pwl, f"{name}.num_pwl", recipe.num_pwl, "at least one P")
+        require(steps < rows, field, steps, f"less than the {rows} rows of {name}")
+    require(recipe.latent_dim >= dim, f"{name}.latent_dim", recipe.latent_dim, f"at least the {dim} observables")
+    require(recipe.bins**dim < 2**31, f"{name}.bins", recipe.bins, f"so few that bins^{dim} stays below 2^31")
+    require(recipe.num_pwl, f"{name}.num_pwl", recipe.num_pwl, "at least one P")
     for num_pwl in recipe.num_pwl:
         try:
             alrnn.check_num_pwl(num_pwl, recipe.latent_dim, dim)
@@ -166,11 +166,6 @@ def _check_recipe(name: str, config: ConfigDict) -> None:
 
 def _bound(low: int, open_: bool) -> str:
     return f"above {low}" if open_ else f"at least {low}"
-
-
-def _require(holds: Any, field: str, value: Any, expected: str) -> None:
-    if not holds:
-        raise UsageError(f"config.{field}={value} must be {expected}")
 
 
 def series_shape(name: str, config: ConfigDict) -> tuple[int, int]:

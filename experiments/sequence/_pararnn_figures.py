@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from experiments import figures
 from experiments.harness import Metrics
+from experiments.sequence._pararnn_solver import CELLS
 from jaxpapers.train import read_metrics
 
 NAMES = {
@@ -23,7 +24,7 @@ NAMES = {
 def draw_residuals(metrics: Metrics, config: ConfigDict) -> Figure:
     """Newton's residual per iteration, a line a width and length: the worst of the seeds (Fig. 4)."""
     figure, axes = figures.panels(2, sharey=True)
-    for ax, cell in zip(axes, ("gru", "lstm"), strict=True):
+    for ax, cell in zip(axes, CELLS, strict=True):
         for index, width in enumerate(config.newton.widths):
             for length, style in zip(config.newton.lengths, ("-", "--", ":", "-."), strict=False):
                 worst = np.max(metrics[f"newton/{cell}/D{width}/L{length}"], axis=0)
@@ -38,7 +39,7 @@ def draw_residuals(metrics: Metrics, config: ConfigDict) -> Figure:
 def draw_clip(metrics: Metrics, config: ConfigDict) -> Figure:
     """Iterations until the residual is below 1e-5, against the size of a and c; crosses were not enough."""
     figure, axes = figures.panels(2, sharey=True)
-    for ax, cell in zip(axes, ("gru", "lstm"), strict=True):
+    for ax, cell in zip(axes, CELLS, strict=True):
         found = {f"{a:g}": metrics[f"clip/{cell}/{a:g}"] for a in config.clip.amplitudes}
         values = {name: np.where(np.isfinite(row), row, np.nan) for name, row in found.items()}
         figures.sweep(ax, values, xlabel="largest |a|, |c|", ylabel="iterations to 1e-5")
@@ -50,7 +51,7 @@ def draw_speed(metrics: Metrics) -> Figure:
     """Time of the sequential loop over that of the parallel routes, against the length (Figs. 1, 5)."""
     figure, axes = figures.panels(2, sharey=True)
     lengths = metrics["speed/lengths"]
-    for ax, cell in zip(axes, ("gru", "lstm"), strict=True):
+    for ax, cell in zip(axes, CELLS, strict=True):
         sequential = np.asarray(metrics[f"speed/{cell}/sequential"])
         methods = [name.rpartition("/")[2] for name in metrics if name.startswith(f"speed/{cell}/")]
         for index, method in enumerate(method for method in methods if method != "sequential"):

@@ -3,7 +3,7 @@
 A part of `pararnn`. All mixers of a task, or of a corpus, see the same batches in the same order for as many updates.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from experiments.harness import Run
+from experiments.sequence._pararnn_solver import CELLS
 from jaxpapers.data import tasks
 from jaxpapers.data.text import Corpus, load_text, sample_text_windows, split_text, text_windows, tokenise
 from jaxpapers.sequence.pararnn import (
@@ -183,7 +184,7 @@ class LanguageSetup(NamedTuple):
 def lm_model(mixer: str, vocab_size: int, config: ConfigDict, mesh: Mesh | None = None) -> ParaRNNLM:
     """A row of the paper's tables, or the small model of the config; split over `seq` where the mesh has that axis."""
     recipe = config.lm
-    split = mesh if mesh is not None and mesh.shape["seq"] > 1 and mixer in ("gru", "lstm") else None
+    split = mesh if mesh is not None and mesh.shape["seq"] > 1 and mixer in CELLS else None
     options: dict[str, Any] = {
         "vocab_size": vocab_size,
         "remat": recipe.remat,
@@ -191,7 +192,7 @@ def lm_model(mixer: str, vocab_size: int, config: ConfigDict, mesh: Mesh | None 
         "dtype": jnp.dtype(recipe.dtype),
         # A sequence that is split is solved in parallel in any case.
         "mixer_options": {"solver": Solver(method="chunked" if split else "auto", mesh=split)}
-        if mixer in ("gru", "lstm")
+        if mixer in CELLS
         else {},
     }
     if recipe.size:
@@ -223,10 +224,11 @@ def set_up_lm(
 
     def init() -> TrainState:
         tokens = jnp.zeros((1, recipe.length), jnp.int32)
-        params = model.clone(mixer_options=_local(model)).init(jax.random.key(config.seed), tokens)["params"]
+        whole = lm_model(mixer, vocab_size, config)  # one short sequence has nothing to split
+        params = whole.init(jax.random.key(config.seed), tokens)["params"]
         return create_state(params, optimizer)
 
-    parallel = model.clone(mixer_options={"solver": NEWTON}) if mixer in ("gru", "lstm") else model
+    parallel = model.clone(mixer_options={"solver": NEWTON}) if mixer in CELLS else model
 
     def evaluate(params: Any, tokens: Array) -> dict[str, Array]:
         logits = model.apply({"params": params}, tokens[:, :-1])
@@ -239,14 +241,6 @@ def set_up_lm(
 
     state = jax.eval_shape(init) if abstract else jax.jit(init)()
     return LanguageSetup(model, state, make_train_step(loss_fn, optimizer), jax.jit(evaluate))
-
-
-def _local(model: ParaRNNLM) -> Mapping[str, Any]:
-    """The mixer's options without a mesh: initialisation sees one short sequence."""
-    options = dict(model.mixer_options)
-    if "solver" in options:
-        options["solver"] = options["solver"]._replace(mesh=None)
-    return options
 
 
 def study_language(corpus: Corpus, config: ConfigDict, run: Run) -> dict[str, Any]:

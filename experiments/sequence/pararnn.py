@@ -23,7 +23,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from experiments.catalogue import UsageError
+from experiments.catalogue import require
 from experiments.harness import Claim, Metrics, Paper, Run
 from experiments.sequence._pararnn_figures import (
     NAMES,
@@ -34,6 +34,7 @@ from experiments.sequence._pararnn_figures import (
     draw_tasks,
 )
 from experiments.sequence._pararnn_solver import (
+    CELLS,
     analyse_clip,
     analyse_convergence,
     analyse_exactness,
@@ -49,7 +50,7 @@ from experiments.sequence._pararnn_training import (
 )
 from jaxpapers.data.download import DataNotFound
 from jaxpapers.data.text import TEXTS, Corpus
-from jaxpapers.sequence.pararnn import MIXERS, SIZES
+from jaxpapers.sequence.pararnn import MIXERS, SIZES, VOCABULARY
 from jaxpapers.train import abstract, fsdp, state_shardings, update_program
 
 PAPER = Paper(
@@ -60,7 +61,7 @@ PAPER = Paper(
     code="apple/ml-pararnn",
 )
 COVER = "residuals"
-VOCABULARY = 50_432  # of the paper's tokenizer (GPT-NeoX), padded
+CHARACTERS = 65  # different ones in Tiny Shakespeare
 
 
 def get_config(preset: str = "small") -> ConfigDict:
@@ -140,7 +141,7 @@ def get_config(preset: str = "small") -> ConfigDict:
             config["lm"] |= {"updates_per_call": 5, "evaluate_every": 5, "test_windows": 4, "text": OWN_SOURCE}
             config["lm"] |= {"mixers": ("gru", "mamba2")}
         case "small":
-            pass
+            pass  # the settings above
         case "paper":
             paper = {
                 "updates": 1_875_000,
@@ -167,25 +168,20 @@ def check_config(config: ConfigDict) -> None:
       UsageError: the field with its value, and what it takes.
     """
     for field in ("num_seeds", "width", "num_heads", "updates_per_call"):
-        _require(config[field] >= 1, field, config[field], "at least 1")
-    _require(config.width % config.num_heads == 0, "width", config.width, f"a multiple of num_heads={config.num_heads}")
+        require(config[field] >= 1, field, config[field], "at least 1")
+    require(config.width % config.num_heads == 0, "width", config.width, f"a multiple of num_heads={config.num_heads}")
     texts = (*TEXTS, OWN_SOURCE)
-    _require(config.lm.text in texts, "lm.text", config.lm.text, f"one of {texts}")
-    _require(not config.lm.size or config.lm.size in SIZES, "lm.size", config.lm.size, f"empty or one of {[*SIZES]}")
-    _require(config.lm.dtype in ("float32", "bfloat16"), "lm.dtype", config.lm.dtype, "float32 or bfloat16")
+    require(config.lm.text in texts, "lm.text", config.lm.text, f"one of {texts}")
+    require(not config.lm.size or config.lm.size in SIZES, "lm.size", config.lm.size, f"empty or one of {[*SIZES]}")
+    require(config.lm.dtype in ("float32", "bfloat16"), "lm.dtype", config.lm.dtype, "float32 or bfloat16")
     for group, recipe in {"lm": config.lm, **{f"tasks.{name}": config.tasks[name] for name in config.tasks}}.items():
         for field in ("length", "batch_size", "updates"):
-            _require(recipe[field] >= 1, f"{group}.{field}", recipe[field], "at least 1")
-        _require(recipe.rate > 0, f"{group}.rate", recipe.rate, "above 0")
-        _require(0 <= recipe.warmup < 1, f"{group}.warmup", recipe.warmup, "in [0, 1)")
-        _require(recipe.max_norm >= 0, f"{group}.max_norm", recipe.max_norm, "at least 0 (0: no projection)")
+            require(recipe[field] >= 1, f"{group}.{field}", recipe[field], "at least 1")
+        require(recipe.rate > 0, f"{group}.rate", recipe.rate, "above 0")
+        require(0 <= recipe.warmup < 1, f"{group}.warmup", recipe.warmup, "in [0, 1)")
+        require(recipe.max_norm >= 0, f"{group}.max_norm", recipe.max_norm, "at least 0 (0: no projection)")
         unknown = set(recipe.mixers) - set(MIXERS)
-        _require(not unknown, f"{group}.mixers", recipe.mixers, f"some of {MIXERS}")
-
-
-def _require(holds: Any, field: str, value: Any, expected: str) -> None:
-    if not holds:
-        raise UsageError(f"config.{field}={value} must be {expected}")
+        require(not unknown, f"{group}.mixers", recipe.mixers, f"some of {MIXERS}")
 
 
 def programs(config: ConfigDict, mesh: Mesh) -> dict[str, tuple[Callable, tuple]]:
@@ -200,7 +196,7 @@ def programs(config: ConfigDict, mesh: Mesh) -> dict[str, tuple[Callable, tuple]
                 setup = set_up_task(name, mixer, config)
                 updates = update_program(setup.train_step, setup.batches, config.updates_per_call)
                 jitted[f"tasks/{name}/{mixer}"] = (updates, (abstract(setup.state, whole), abstract(setup.keys, whole)))
-    vocab_size = VOCABULARY if config.lm.size else 65
+    vocab_size = VOCABULARY if config.lm.size else CHARACTERS
     for mixer in config.lm.mixers:
         setup_lm = set_up_lm(mixer, vocab_size, config, mesh if mesh.size > 1 else None, abstract=True)
         rules = fsdp(setup_lm.state.params, mesh)
@@ -236,9 +232,6 @@ def run(config: ConfigDict, run: Run) -> dict[str, Any]:
         metrics |= study_language(corpus, config, run)
         run.figure("language", draw_language(run.workdir, config))
     return metrics
-
-
-CELLS = ("gru", "lstm")
 
 
 def _newton(metrics: Metrics) -> dict[tuple[str, int, int], np.ndarray]:

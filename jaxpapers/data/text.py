@@ -20,13 +20,11 @@ import difflib
 import zipfile
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jaxtyping import Array, Int, Int32, PRNGKeyArray
 
 from jaxpapers.data.download import CorruptData, OfficialFile, StoredForm, data_folder, open_data
+from jaxpapers.data.windows import sample_windows
 
 # Pinned to commits, so that an update there is no checksum error here.
 GITHUB = "https://raw.githubusercontent.com"
@@ -270,9 +268,7 @@ def sample_text_windows(
     _check_window(tokens.shape[0], window_length)
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    tokens = jnp.asarray(tokens)
-    starts = jax.random.randint(key, (batch_size,), 0, tokens.shape[0] - window_length + 1)
-    return jax.vmap(lambda start: lax.dynamic_slice_in_dim(tokens, start, window_length))(starts)
+    return sample_windows(key, tokens, batch_size, window_length)
 
 
 def _check_window(length: int, window_length: int) -> None:

@@ -23,8 +23,8 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, Shaped
 
 
 def sample_windows(
-    key: PRNGKeyArray, series: Float[Array | np.ndarray, "time dim"], batch_size: int, window_length: int
-) -> Float[Array, "batch window dim"]:
+    key: PRNGKeyArray, series: Shaped[Array | np.ndarray, "time *dims"], batch_size: int, window_length: int
+) -> Shaped[Array, "batch window *dims"]:
     """Windows of consecutive rows whose first rows are drawn uniformly, with replacement, from all that fit.
 
     Args:

@@ -21,6 +21,9 @@ from jaxpapers.train.state import TrainState
 from jaxpapers.train.step import TrainStep, scan_steps
 from jaxpapers.train.stopping import Terminated, sigterm_noted
 
+# A finite loss with a gradient that is not has spoilt the parameters just now, so both are looked at, of every step.
+WATCHED = ("loss", "grad_norm")
+
 
 class NonFiniteLoss(FloatingPointError):
     """Training was stopped because a metric was NaN or infinite."""
@@ -130,11 +133,12 @@ def fit(
     step = int(state.step)
     advancing = _advancing(train_step, batches, range(step, num_steps), shardings)
     with progress_bar(title, num_steps, step) as show, sigterm_noted() as stops_now, advancing as advance:
-        unseen: list[tuple[range, Mapping[str, Any]]] = []  # what the calls since the last look measured
+        unseen: list[tuple[range, Mapping[str, Any]]] = []  # watched values of the calls since the last look
         while step < num_steps:
             length = min(steps_per_call, num_steps - step)
             state, measured = advance(state, key, length)
-            unseen.append((range(step + 1, step + length + 1), measured))
+            watched = {name: measured[name] for name in WATCHED if name in measured}
+            unseen.append((range(step + 1, step + length + 1), watched))
             step += length
             last = step == num_steps
             stops = stops_now()  # after the last step, too: what follows `fit` can wait for the resume
@@ -142,10 +146,10 @@ def fit(
             evaluates = evaluate is not None and (last or bool(evaluate_every and step % evaluate_every == 0))
             saves = checkpoints is not None and (last or stops or step % checkpoint_every == 0)
             if logs or evaluates or saves:
-                seen = jax.device_get(unseen)
+                seen, values = jax.device_get((unseen, measured))
                 unseen.clear()
-                for steps, values in seen:
-                    _require_finite(steps, values)
+                for steps, watched in seen:
+                    _require_finite(steps, watched)
                 show(step, f"loss {np.nanmean(values['loss']):.3g}")
                 if metrics and logs:
                     metrics.write(step, {f"train/{name}": value for name, value in values.items()})
@@ -245,12 +249,11 @@ def _prefetched(batches: Batches, steps: range, mesh: Mesh | None, depth: int = 
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _require_finite(steps: range, metrics: Mapping[str, Any]) -> None:
-    # A finite loss with a gradient that is not has spoilt the parameters just now, so both are looked at. One diverged
-    # model of a population must not stop the others: its NaNs stay in its own row.
-    for name in ("loss", "grad_norm"):
-        if name in metrics and not np.isfinite(metrics[name]).any():
-            value = np.asarray(metrics[name]).tolist()
+def _require_finite(steps: range, watched: Mapping[str, Any]) -> None:
+    # One diverged model of a population must not stop the others: its NaNs stay in its own row.
+    for name in WATCHED:
+        if name in watched and not np.isfinite(watched[name]).any():
+            value = np.asarray(watched[name]).tolist()
             where = f"at step {steps[0]}" if len(steps) == 1 else f"in steps {steps[0]} to {steps[-1]}"
             raise NonFiniteLoss(f"{name} is {value} {where}; the newest checkpoint is from before")
 

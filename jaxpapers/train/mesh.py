@@ -9,6 +9,7 @@ A path is the keys from the root to a leaf, joined by slashes: `params/encoder/l
 Flax model's variables.
 """
 
+import functools
 import math
 import os
 import re
@@ -206,6 +207,7 @@ def to_host(tree: PyTree) -> PyTree:
     return jax.tree.map(fetch, tree)
 
 
+@functools.cache  # asked for every batch, and a pod has thousands of devices
 def batch_part(mesh: Mesh) -> tuple[int, int]:
     """(index, number of parts): which part of every batch this process reads; `host_batches` takes it.
 

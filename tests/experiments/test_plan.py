@@ -2,9 +2,6 @@
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +18,7 @@ from experiments._hlo import group_size, program_cost
 from experiments.catalogue import UsageError
 from experiments.plan import CHIPS, plan_experiment, plan_json, plan_programs, print_plan, topology_devices
 from jaxpapers.train import make_mesh
+from tests.tpu import needs_libtpu, run_program
 
 BATCH, WIDTH, HIDDEN, STEPS = 64, 128, 256, 10
 
@@ -400,19 +398,9 @@ print(jax.default_backend(), file=sys.stderr)
 """
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="no libtpu: pip install -e '.[plan]'")
+@needs_libtpu
 def test_plan_for_a_tpu_slice():
-    # In a process of its own: libtpu reads the environment once, and keeps threads.
-    folders = (Path(__file__).parent, Path(__file__).parents[2])
-    done = subprocess.run(
-        [sys.executable, "-c", TPU_PROGRAM],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, folders))},
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    done = run_program(TPU_PROGRAM, Path(__file__).parent)
     assert done.stderr.splitlines()[-1] == "cpu"  # no accelerator was started
     plan = json.loads(done.stdout)
     assert plan["device_kind"] == "TPU v5 lite"

@@ -1,10 +1,6 @@
 """The fused recurrence kernels, interpreted, against autodiff of lax.scan; compiled ahead of time for TPU and GPU."""
 
-import importlib.util
 import json
-import os
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +12,7 @@ from jax import lax
 
 from jaxpapers.ops import fused
 from jaxpapers.ops.fused import fused_cotangents, fused_states
+from tests.tpu import needs_libtpu, run_program
 
 
 def gru(h, x, a, scale):
@@ -217,19 +214,9 @@ print(json.dumps(found))
 """
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="no libtpu: pip install -e '.[plan]'")
+@needs_libtpu
 def test_the_kernels_compile_for_tpus_ahead_of_time():
-    # In a process of its own: libtpu reads the environment once, and keeps threads.
-    folders = (Path(__file__).parent, Path(__file__).parents[2])
-    done = subprocess.run(
-        [sys.executable, "-c", TPU_PROGRAM],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, folders))},
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    done = run_program(TPU_PROGRAM, Path(__file__).parent)
     found = json.loads(done.stdout)
     assert len(found) == 2 * 2 * len(CELLS)
     assert set(found.values()) == {1}, found

@@ -57,6 +57,7 @@ from jaxpapers.sequence.pararnn.mixers import (
 from jaxpapers.sequence.pararnn.model import (
     MIXERS,
     SIZES,
+    VOCABULARY,
     LossTerms,
     ParaRNNBlock,
     ParaRNNLM,
@@ -73,6 +74,7 @@ __all__ = [
     "MIXERS",
     "NONLINEARITIES",
     "SIZES",
+    "VOCABULARY",
     "AttentionMixer",
     "CausalConv",
     "GRUParams",
