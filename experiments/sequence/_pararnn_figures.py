@@ -58,6 +58,8 @@ def draw_speed(metrics: Metrics) -> Figure:
             ratio = sequential / np.asarray(metrics[f"speed/{cell}/{method}"])
             ax.loglog(lengths, ratio, marker="o", markersize=3, color=figures.COLOURS[index], label=method)
         ax.axhline(1, color=figures.GREY, linewidth=0.8)
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_minor_formatter("{x:g}")
         ax.set(xlabel="sequence length", title=NAMES[cell])
     axes[0].set(ylabel="speed-up over the sequential loop")
     axes[1].legend(fontsize=8)

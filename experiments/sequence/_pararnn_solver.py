@@ -1,6 +1,7 @@
 """The parallel solver on ParaRNN's cells: iterations, exactness, what the clip is for, time against length.
 
-A part of `pararnn`. Nothing is trained here: cells are drawn as the paper draws them and run on white noise.
+A part of `pararnn`. Nothing is trained here: cells are drawn as the paper draws them and run on white noise. Seeds run
+one after the other through one program: what takes the time is compiling, and `vmap` makes these programs much longer.
 """
 
 import math
@@ -30,6 +31,7 @@ def draw(key: Array, cell: str, width: int, length: int, batch_size: int) -> tup
     return params, preactivations(x, params.B, params.b)
 
 
+@partial(jax.jit, static_argnums=2)
 def residuals(params: GRUParams | LSTMParams, g: Array, iterations: int) -> Array:
     """(iterations + 1,) largest residual of the guess and after each Newton iteration."""
     return solve(params, g, solver=Solver(method="chunked", max_iterations=iterations)).residuals
@@ -37,20 +39,15 @@ def residuals(params: GRUParams | LSTMParams, g: Array, iterations: int) -> Arra
 
 def analyse_convergence(config: ConfigDict) -> dict[str, Any]:
     """Residuals of every cell, width and length (App. A, Fig. 4): `newton/<cell>/D<width>/L<length>`, (seeds, k)."""
-    metrics = {}
-    for cell in CELLS:
-        for width in config.newton.widths:
-            for length in config.newton.lengths:
-                metrics[f"newton/{cell}/D{width}/L{length}"] = np.asarray(
-                    convergence(seed_keys(config), cell, width, length, config.newton.batch_size)
-                )
-    return metrics
-
-
-@partial(jax.jit, static_argnums=(1, 2, 3, 4))
-def convergence(keys: Array, cell: str, width: int, length: int, batch_size: int) -> Array:
-    """(seeds, 5) residuals at k = 0..4."""
-    return jax.vmap(lambda key: residuals(*draw(key, cell, width, length, batch_size), 4))(keys)
+    settings = config.newton
+    return {
+        f"newton/{cell}/D{width}/L{length}": np.stack(
+            [residuals(*draw(key, cell, width, length, settings.batch_size), 4) for key in seed_keys(config)]
+        )
+        for cell in CELLS
+        for width in settings.widths
+        for length in settings.lengths
+    }
 
 
 def seed_keys(config: ConfigDict) -> Array:
@@ -62,46 +59,42 @@ def analyse_exactness(config: ConfigDict) -> dict[str, Any]:
     """Parallel against sequential states, and gradients of sum h^2: `exact/<cell>/<float>/<what>`, the largest of all.
 
     Differences are relative to the largest entry of the sequential route's array. Float32 takes the paper's three
-    iterations, float64 five (the paper's three end at float32's precision) and the first of the lengths alone: what
-    takes the time is compiling.
+    iterations, float64 five (the paper's three end at float32's precision) and the first of the lengths alone.
     """
-    metrics = {}
-    for cell in CELLS:
-        for bits, iterations, lengths in ((32, 3, config.newton.lengths), (64, 5, config.newton.lengths[:1])):
-            with jax.enable_x64(bits == 64):
-                worst: dict[str, float] = {}
-                for width in config.newton.widths:
-                    for length in lengths:
-                        found = differences(
-                            seed_keys(config), cell, width, length, config.newton.batch_size, iterations, bits
-                        )
-                        for what, value in found.items():
-                            worst[what] = max(worst.get(what, 0.0), float(jnp.max(value)))
-            metrics |= {f"exact/{cell}/float{bits}/{what}": value for what, value in worst.items()}
+    settings = config.newton
+    metrics: dict[str, Any] = {}
+    for bits, iterations, lengths in ((32, 3, settings.lengths), (64, 5, settings.lengths[:1])):
+        for cell in CELLS:
+            found = [
+                differences(*draw(key, cell, width, length, settings.batch_size), iterations, bits)
+                for width in settings.widths
+                for length in lengths
+                for key in seed_keys(config)
+            ]
+            for what in found[0]:
+                metrics[f"exact/{cell}/float{bits}/{what}"] = max(each[what] for each in found)
     return metrics
 
 
-@partial(jax.jit, static_argnums=(1, 2, 3, 4, 5, 6))
-def differences(
-    keys: Array, cell: str, width: int, length: int, batch_size: int, iterations: int, bits: int
-) -> dict[str, Array]:
-    """(seeds,) relative differences of the states, and of the gradients with respect to g and A."""
+def differences(params: GRUParams | LSTMParams, g: Array, iterations: int, bits: int) -> dict[str, float]:
+    """Relative differences of the states, and of the gradients with respect to g and A."""
+    with jax.enable_x64(bits == 64):
+        params, g = jax.tree.map(lambda leaf: leaf.astype(f"float{bits}"), (params, g))
+        return {what: float(value) for what, value in _differences(params, g, iterations).items()}
 
-    def of_seed(key: Array) -> dict[str, Array]:
-        params, g = jax.tree.map(lambda leaf: leaf.astype(f"float{bits}"), draw(key, cell, width, length, batch_size))
 
-        def energy(A: Array, g: Array, method: str) -> tuple[Array, Array]:
-            found = solve(params._replace(A=A), g, solver=Solver(method=method, max_iterations=iterations)).states
-            h = found[..., 1, :] if cell == "lstm" else found
-            return jnp.sum(jnp.square(h)), h
+@partial(jax.jit, static_argnums=2)
+def _differences(params: GRUParams | LSTMParams, g: Array, iterations: int) -> dict[str, Array]:
+    def energy(A: Array, g: Array, method: str) -> tuple[Array, Array]:
+        found = solve(params._replace(A=A), g, solver=Solver(method=method, max_iterations=iterations)).states
+        h = found[..., 1, :] if isinstance(params, LSTMParams) else found
+        return jnp.sum(jnp.square(h)), h
 
-        (grads, expected), (ours, h) = (
-            jax.grad(energy, argnums=(0, 1), has_aux=True)(params.A, g, method) for method in ("sequential", "chunked")
-        )
-        pairs = {"states": (h, expected), "grad_A": (ours[0], grads[0]), "grad_g": (ours[1], grads[1])}
-        return {what: jnp.max(jnp.abs(a - b)) / jnp.max(jnp.abs(b)) for what, (a, b) in pairs.items()}
-
-    return jax.vmap(of_seed)(keys)
+    (grads, expected), (ours, h) = (
+        jax.grad(energy, argnums=(0, 1), has_aux=True)(params.A, g, method) for method in ("sequential", "chunked")
+    )
+    pairs = {"states": (h, expected), "grad_A": (ours[0], grads[0]), "grad_g": (ours[1], grads[1])}
+    return {what: jnp.max(jnp.abs(a - b)) / jnp.max(jnp.abs(b)) for what, (a, b) in pairs.items()}
 
 
 def analyse_clip(config: ConfigDict) -> dict[str, Any]:
@@ -113,25 +106,20 @@ def analyse_clip(config: ConfigDict) -> dict[str, Any]:
     metrics = {}
     for cell in CELLS:
         for amplitude in settings.amplitudes:
-            found = clipped(seed_keys(config), cell, amplitude, settings.width, settings.length, settings.iterations)
-            below = np.asarray(found) < CONVERGED
+            cells = [clipped(key, cell, amplitude, settings) for key in seed_keys(config)]
+            below = np.stack([residuals(*each, settings.iterations) for each in cells]) < CONVERGED
             metrics[f"clip/{cell}/{amplitude:g}"] = np.where(below.any(1), below.argmax(1), np.inf)
     return metrics
 
 
-@partial(jax.jit, static_argnums=(1, 3, 4, 5))
-def clipped(keys: Array, cell: str, amplitude: float, width: int, length: int, iterations: int) -> Array:
-    """(seeds, iterations + 1) residuals of cells with a, c ~ U(+-amplitude)."""
-
-    def of_seed(key: Array) -> Array:
-        key_draw, key_a, key_c = jax.random.split(key, 3)
-        params, g = draw(key_draw, cell, width, length, 1)
-        params = params._replace(A=jax.random.uniform(key_a, params.A.shape, minval=-amplitude, maxval=amplitude))
-        if isinstance(params, LSTMParams):
-            params = params._replace(C=jax.random.uniform(key_c, params.C.shape, minval=-amplitude, maxval=amplitude))
-        return residuals(params, g, iterations)
-
-    return jax.vmap(of_seed)(keys)
+def clipped(key: Array, cell: str, amplitude: float, settings: ConfigDict) -> tuple[GRUParams | LSTMParams, Array]:
+    """A cell with a, c ~ U(+-amplitude), and its pre-activations, as `draw`."""
+    key_draw, key_a, key_c = jax.random.split(key, 3)
+    params, g = draw(key_draw, cell, settings.width, settings.length, 1)
+    params = params._replace(A=jax.random.uniform(key_a, params.A.shape, minval=-amplitude, maxval=amplitude))
+    if isinstance(params, LSTMParams):
+        params = params._replace(C=jax.random.uniform(key_c, params.C.shape, minval=-amplitude, maxval=amplitude))
+    return params, g
 
 
 def analyse_speed(config: ConfigDict) -> dict[str, Any]:

@@ -113,7 +113,7 @@ def set_up_task(name: str, mixer: str, config: ConfigDict) -> TaskSetup:
         max_length=recipe.length if recipe.positions or (mixer == "attention" and recipe.bare) else None,
     )
     optimizer = optimizer_of(config, recipe)
-    seeds = jax.random.split(jax.random.key(config.seed), config.num_seeds)
+    seeds = jax.random.split(jax.random.key(config.seed), recipe.num_seeds)
     init_keys, data_keys, keys = jnp.moveaxis(jax.vmap(lambda seed: jax.random.split(seed, 3))(seeds), 1, 0)
 
     def init(key: Array) -> Any:
@@ -181,19 +181,33 @@ class LanguageSetup(NamedTuple):
     evaluate: Callable[[Any, Any], dict[str, Array]]
 
 
+ROW = {  # field of `lm` -> field of a `Size`
+    "rate": "learning_rate",
+    "weight_decay": "weight_decay",
+    "z_loss": "z_loss",
+    "batch_size": "batch_size",
+    "updates": "steps",
+}
+
+
+def lm_recipe(mixer: str, config: ConfigDict) -> ConfigDict:
+    """`config.lm`, with the figures of the mixer's row of Tables 3 and 4 where it has -1."""
+    if not config.lm.size:
+        return config.lm
+    row = SIZES[config.lm.size][mixer]
+    left_open = {field: getattr(row, name) for field, name in ROW.items() if config.lm[field] == -1}
+    return ConfigDict({**config.lm, **left_open})
+
+
 def lm_model(mixer: str, vocab_size: int, config: ConfigDict, mesh: Mesh | None = None) -> ParaRNNLM:
-    """A row of the paper's tables, or the small model of the config; split over `seq` where the mesh has that axis."""
+    """A row of the paper's tables, or the small model of the config; recurrences are split as the mesh says."""
     recipe = config.lm
-    split = mesh if mesh is not None and mesh.shape["seq"] > 1 and mixer in CELLS else None
     options: dict[str, Any] = {
         "vocab_size": vocab_size,
         "remat": recipe.remat,
         "scan": recipe.scan,
         "dtype": jnp.dtype(recipe.dtype),
-        # A sequence that is split is solved in parallel in any case.
-        "mixer_options": {"solver": Solver(method="chunked" if split else "auto", mesh=split)}
-        if mixer in CELLS
-        else {},
+        "mixer_options": {"solver": Solver(method=recipe.method, mesh=mesh)} if mixer in CELLS else {},
     }
     if recipe.size:
         return language_model(SIZES[recipe.size][mixer], **options)
@@ -206,7 +220,7 @@ def set_up_lm(
     mixer: str, vocab_size: int, config: ConfigDict, mesh: Mesh | None = None, *, abstract: bool = False
 ) -> LanguageSetup:
     """Model, loss and score of a mixer on text; with `abstract` the state has shapes and no numbers."""
-    recipe = config.lm
+    recipe = lm_recipe(mixer, config)
     model = lm_model(mixer, vocab_size, config, mesh)
     optimizer = optimizer_of(config, recipe)
 
@@ -245,23 +259,26 @@ def set_up_lm(
 
 def study_language(corpus: Corpus, config: ConfigDict, run: Run) -> dict[str, Any]:
     """Trains every mixer on the text: `lm/<mixer>/perplexity` of the validation text, `/residual`, `/parameters`."""
-    recipe = config.lm
     train, valid = (np.asarray(part, np.int32) for part in (corpus.train, corpus.validation))
-    key, size = jax.random.key(config.seed), recipe.length + 1
-    windows = text_windows(valid, size, stride=recipe.length)[: recipe.test_windows]
+    key, size = jax.random.key(config.seed), config.lm.length + 1
+    windows = text_windows(valid, size, stride=config.lm.length)[: config.lm.test_windows]
     metrics: dict[str, Any] = {}
-    for mixer in recipe.mixers:
+    for mixer in config.lm.mixers:
+        recipe = lm_recipe(mixer, config)
         setup = set_up_lm(mixer, corpus.vocab_size, config, run.mesh)
         metrics[f"lm/{mixer}/parameters"] = sum(leaf.size for leaf in jax.tree.leaves(setup.state.params))
 
         def evaluate(state: TrainState, setup: LanguageSetup = setup) -> dict[str, Array]:
             return setup.evaluate(state.params, windows)
 
+        def batch(step: Array, rows: int = recipe.batch_size) -> Array:
+            return sample_text_windows(jax.random.fold_in(key, step), train, rows, size)
+
         fitted = run.fit(
             f"lm_{mixer}",
             setup.state,
             setup.train_step,
-            OnDevice(lambda step: sample_text_windows(jax.random.fold_in(key, step), train, recipe.batch_size, size)),
+            OnDevice(batch),
             recipe.updates,
             key=jax.random.key(config.seed),
             steps_per_call=recipe.updates_per_call,

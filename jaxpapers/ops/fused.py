@@ -35,6 +35,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas import triton as plgpu
 from jax.extend import core
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, PyTree, Shaped
 
 from jaxpapers.ops._tiles import filled, on_tiles
@@ -56,6 +58,7 @@ def fused_states(
     *,
     state_axes: int,
     kind: str | None = None,
+    mesh: Mesh | None = None,
 ) -> Shaped[Array, "time ..."]:
     """h_1..h_L of h_t = step(h_{t-1}, x_t, *constants), by one kernel.
 
@@ -69,13 +72,21 @@ def fused_states(
         state_axes: 1 or 2.
         kind: "tpu" or "gpu": that kernel, interpreted, on any platform. None: the platform's own; on CPU the TPU
             kernel, interpreted.
+        mesh: split the first batch axis over the mesh axis `data`, a kernel on each device; in a program for several
+            devices there is no other way, as the compiler cannot split a kernel.
 
     Returns:
         (time, *batch, *state) in the dtype of h0. No derivatives: `fused_cotangents` has them.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit; a step that mixes channels.
+        ValueError: shapes or dtypes that do not fit; a step that mixes channels; a batch that the mesh does not
+            divide.
     """
+    if mesh is not None:
+        local = functools.partial(fused_states, step, state_axes=state_axes, kind=kind)
+        batch, timed = _split_batch(mesh, h0, state_axes)
+        shard = jax.shard_map(local, mesh=mesh, in_specs=(P(), timed, batch), out_specs=timed, check_vma=False)
+        return shard(tuple(constants), xs, h0)
     problem = _problem(step, constants, xs, h0, state_axes)
     run = functools.partial(_forward, problem)
     flat = (problem.consts, problem.flat_xs(xs), problem.flat(h0))
@@ -93,6 +104,7 @@ def fused_cotangents(
     *,
     state_axes: int,
     kind: str | None = None,
+    mesh: Mesh | None = None,
 ) -> tuple[tuple[Array, ...], PyTree[Array], Array]:
     """Cotangents of constants, xs and h0 from that of the states, by one kernel backwards in time.
 
@@ -105,6 +117,7 @@ def fused_cotangents(
         cotangent: of the states.
         state_axes: as in `fused_states`.
         kind: as in `fused_states`.
+        mesh: as in `fused_states`.
 
     Returns:
         (constants, xs, h0), shaped and typed like these.
@@ -112,6 +125,16 @@ def fused_cotangents(
     Raises:
         ValueError: as `fused_states`.
     """
+    if mesh is not None:
+
+        def local(constants: tuple, *arrays: Any) -> tuple:
+            of_step, of_xs, of_h0 = fused_cotangents(step, constants, *arrays, state_axes=state_axes, kind=kind)
+            return lax.psum(of_step, "data"), of_xs, of_h0
+
+        batch, timed = _split_batch(mesh, h0, state_axes)
+        specs = (P(), timed, batch, timed, timed)
+        shard = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=specs[:3], check_vma=False)
+        return shard(tuple(constants), xs, h0, states, cotangent)
     problem = _problem(step, constants, xs, h0, state_axes)
     run = functools.partial(_backward, problem)
     args = (problem.consts, problem.flat_xs(xs), problem.flat(h0), problem.flat(states, 1), problem.flat(cotangent, 1))
@@ -123,6 +146,36 @@ def fused_cotangents(
         summed = dc.sum(0)
         dconstants.append((summed if c.ndim else summed.sum()).astype(c.dtype))
     return tuple(dconstants), jax.tree.unflatten(tree, dxs), dh0.reshape(h0.shape).astype(h0.dtype)
+
+
+def fusable(
+    step: Callable[..., Array],
+    constants: Sequence[Shaped[Array, "..."]],
+    xs: PyTree[Shaped[Array, "time ..."]],
+    h0: Shaped[Array, "..."],
+    *,
+    state_axes: int,
+    mesh: Mesh | None = None,
+) -> bool:
+    """Whether `fused_states` takes these arguments as they are, of float32 or float64."""
+    if any(computed(leaf.dtype) != leaf.dtype for leaf in jax.tree.leaves((xs, h0))):
+        return False
+    try:
+        if mesh is not None:
+            _split_batch(mesh, h0, state_axes)
+        _problem(step, constants, xs, h0, state_axes)
+    except ValueError:
+        return False
+    return True
+
+
+def _split_batch(mesh: Mesh, h0: Array, state_axes: int) -> tuple[P, P]:
+    """Places of arrays (batch, ...) and (time, batch, ...)."""
+    batch = h0.shape[: h0.ndim - state_axes]
+    devices = mesh.shape.get("data", 0)
+    if not devices or not batch or batch[0] % devices:
+        raise ValueError(f"a batch of {batch} does not divide over the axis 'data' of the mesh {dict(mesh.shape)}")
+    return P("data"), P(None, "data")
 
 
 def _dispatch(run: Callable, kind: str | None, args: tuple) -> Any:

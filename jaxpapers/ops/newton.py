@@ -38,15 +38,17 @@ from jax import lax
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
-from jaxpapers.ops.fused import computed, fused_cotangents, fused_states
+from jaxpapers.ops.fused import computed, fusable, fused_cotangents, fused_states
 from jaxpapers.ops.scan import affine_scan, affine_scan_sharded
 
 AnyArray = Array | np.ndarray
+Number = float | int
 Step = Callable[[Array, Any], Array]  # (state, input) -> state, of one time and one sequence
 Jacobian = Callable[[Array, Any], Array]
 
 STRUCTURES = ("diagonal", "block", "dense", "quasi")
 METHODS = ("auto", "sequential", "parallel", "chunked", "fused")
+KERNELS = ("diagonal", "block")  # structures of the fused method
 STATE_AXES = {"diagonal": 1, "block": 2, "dense": 1, "quasi": 1}
 FALLBACKS = (None, "sequential")
 
@@ -58,7 +60,7 @@ class Solution(NamedTuple):
         states: (time, *batch, *state).
         residuals: (max_iterations + 1,) largest |f(h_{t-1}, x_t) - h_t| of the guess and after each iteration; NaN for
             iterations that were not needed. Of the sequential and fused methods 0, then NaN.
-        iterations: done.
+        iterations: done; of segments the most.
         converged: whether the last residual is finite and, where there is a tolerance, at most that.
     """
 
@@ -77,9 +79,12 @@ def solve_recurrence(
     jacobian: Jacobian | None = None,
     guess: Shaped[AnyArray, "..."] | None = None,
     max_iterations: int = 3,
-    tolerance: float = 0.0,
-    damping: float = 1.0,
-    trust: float = 0.0,
+    tolerance: Number = 0.0,
+    relative_tolerance: Number = 0.0,
+    damping: Number = 1.0,
+    trust: Number = 0.0,
+    clip_iterates: Number = 0.0,
+    segment: int = 0,
     fallback: str | None = None,
     method: str = "auto",
     mesh: Mesh | None = None,
@@ -99,21 +104,30 @@ def solve_recurrence(
         guess: (time, *batch, *state) to start from, such as the solution of a neighbouring problem. None: f(0, x_t)
             (ParaRNN, Eq. A.1).
         max_iterations: of Newton's method. Three are enough for ParaRNN's cells.
-        tolerance: stop when the largest |residual| is at most this; 0: always `max_iterations`.
+        tolerance: stop when the largest |residual| is at most this. With 0 here and below: always `max_iterations`.
+        relative_tolerance: stop, too, when it is at most this share of the guess's.
         damping: h <- h + damping * delta, in (0, 1].
         trust: lambda >= 0 of a Levenberg-Marquardt term that holds the steps back where products of |J| > 1 would blow
             them up: delta is the filtered mean of the model delta_t = J_t delta_{t-1} + r_t + noise of variance 1,
             observed to be 0 with noise of variance 1 / lambda (ELK, arXiv 2407.19115). Diagonal and quasi only. The
             solution stays what it was; more iterations are needed.
+        clip_iterates: clip iterates to +- this and set their NaNs to 0, as DEER's authors do (1e8), so that a product
+            that has overflowed is not the end: states before it are exact, and those after it follow. 0: off.
+        segment: solve as many steps at a time, one segment after the other, each from the last state of the one
+            before: less memory, and fewer iterations where |J| > 1. What is left over at the end is a shorter segment.
+            0: all at once.
         fallback: "sequential": where the iteration has not converged, the states are computed one after the other.
         method: "sequential" (one step of f after the other, no iteration), or how the affine recurrences are solved:
-            "parallel" (`lax.associative_scan`), "chunked". "auto": sequential on CPU, elsewhere chunked. "fused": one
-            kernel on TPU and GPU, for "diagonal" and "block", no mesh, inputs and closed-over arrays of floats that
-            end in the channel axis (or scalars); computed in float32 at least; no iteration, and no forward-mode
-            derivative as the first one (see the module). On CPU it is interpreted, for tests. By the bytes that it
-            moves it should be the choice on accelerators wherever it applies; "auto" leaves it out until that is
-            measured (measured on: nothing yet).
-        mesh: split the time axis over the mesh axis `seq`; xs (and guess) lie there so, h0 on every device.
+            "parallel" (`lax.associative_scan`), "chunked". "fused": one kernel on TPU and GPU, for "diagonal" and
+            "block", inputs and closed-over arrays of floats that end in the channel axis (or scalars); computed in
+            float32 at least; no iteration, and no forward-mode derivative as the first one (see the module). On CPU
+            it is interpreted, for tests. "auto": sequential on CPU (the fastest at every point of `python -m
+            benchmarks recurrence`); on TPU the states are the kernel's where it applies and a mesh tells where the
+            batch lies, since the compiler cannot split a kernel, and their derivatives those of all other methods;
+            elsewhere chunked. By the bytes that it moves the kernel should be the choice on GPUs, too; that has not
+            been measured (on: nothing yet).
+        mesh: its axis `seq` splits the time axis: xs (and guess) lie there so, h0 on every device. Where it does not,
+            its axis `data` splits the first batch axis for the kernel.
 
     Returns:
         The solution. Its states can be differentiated with respect to xs, h0 and what f closes over; the
@@ -122,8 +136,9 @@ def solve_recurrence(
     Raises:
         ValueError: unknown names; options out of their range; shapes that do not fit.
     """
-    _check_options(structure, method, max_iterations, tolerance, damping, trust, fallback)
-    xs, h0 = jax.tree.map(jnp.asarray, (xs, h0))
+    newton = _Newton(max_iterations, tolerance, relative_tolerance, damping, trust, clip_iterates, segment, affine_scan)
+    _check_options(structure, method, fallback, newton)
+    xs, h0 = jax.tree.map(jnp.asarray, xs), jnp.asarray(h0)
     batch, state = _split_shape(h0, xs, structure)
     one = (
         jax.ShapeDtypeStruct(state, h0.dtype),
@@ -135,7 +150,8 @@ def solve_recurrence(
     # What the functions close over becomes an argument, so that derivatives reach it.
     fused = method == "fused"
     if fused:
-        _check_fused(structure, mesh)
+        if structure not in KERNELS:
+            raise ValueError(f"method 'fused' takes the structures {KERNELS}, got {structure!r}")
         wide = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, computed(a.dtype)), one)
         raw, step_constants = jax.closure_convert(f, *wide)
         step: Callable = _widened(raw)
@@ -161,9 +177,18 @@ def solve_recurrence(
         fused=raw,
     )
     solver: Callable = functools.partial(affine_scan, method="auto" if fused else method)
-    if mesh is not None:
+    if mesh is not None and mesh.shape.get("seq", 1) > 1:
+        if fused or segment:
+            raise ValueError(
+                "method 'fused' and segments run through time on one device: the mesh must not split `seq`"
+            )
+        method = "chunked" if method == "auto" else method  # one step after the other would leave devices idle
         solver = functools.partial(affine_scan_sharded, method=method, mesh=mesh)
-    newton = _Newton(max_iterations, tolerance, damping, trust, solver)
+    elif mesh is not None and method == "auto" and structure in KERNELS:
+        state_axes = STATE_AXES[structure]
+        if fusable(step, step_constants, xs, h0, state_axes=state_axes, mesh=mesh):
+            cell = cell._replace(fused=step)
+    newton = newton._replace(scan=solver, mesh=mesh)
     constants = (step_constants, used_constants)
     if fused:
         return _fused(cell, newton, constants, xs, h0)
@@ -187,10 +212,14 @@ class _Newton(NamedTuple):
     """The iteration's options; `scan(J, r, initial, structure=...)` solves an affine recurrence."""
 
     max_iterations: int
-    tolerance: float
-    damping: float
-    trust: float
+    tolerance: Number
+    relative_tolerance: Number
+    damping: Number
+    trust: Number
+    clip_iterates: Number
+    segment: int
     scan: Callable
+    mesh: Mesh | None = None  # of the kernel
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3))
@@ -221,11 +250,18 @@ def _solution(
     iterate = functools.partial(_iterate, cell, newton)
     if method == "sequential":
         return sequential(constants, xs, h0, guess)
-    if cell.fused is not None:
-        state_axes = STATE_AXES[cell.structure]
-        return without_iterations(fused_states(cell.fused, constants[0], xs, h0, state_axes=state_axes))
+
+    def by_kernel(constants: tuple, xs: PyTree, h0: Array, guess: Array | None) -> Solution:
+        assert cell.fused is not None
+        axes = STATE_AXES[cell.structure]
+        states = fused_states(cell.fused, constants[0], xs, h0, state_axes=axes, mesh=newton.mesh)
+        return without_iterations(states)
+
+    if method == "fused":
+        return by_kernel(constants, xs, h0, guess)
     if method == "auto":
-        return lax.platform_dependent(constants, xs, h0, guess, cpu=sequential, default=iterate)
+        tpu = iterate if cell.fused is None else by_kernel
+        return lax.platform_dependent(constants, xs, h0, guess, cpu=sequential, tpu=tpu, default=iterate)
     found = iterate(constants, xs, h0, guess)
     if fallback is None:
         return found
@@ -276,7 +312,8 @@ def _cotangents(
     """Cotangents of (constants, xs, h0), by the kernel."""
     assert cell.fused is not None
     arrays = (constants[0], xs, h0, states, cotangent)
-    of_step, of_xs, of_h0 = fused_cotangents(cell.fused, *arrays, state_axes=STATE_AXES[cell.structure])
+    axes = STATE_AXES[cell.structure]
+    of_step, of_xs, of_h0 = fused_cotangents(cell.fused, *arrays, state_axes=axes, mesh=newton.mesh)
     return (list(of_step), jax.tree.map(jnp.zeros_like, constants[1])), of_xs, of_h0
 
 
@@ -299,15 +336,47 @@ def _cotangents_jvp(cell: _Cell, newton: _Newton, primals: tuple, tangents: tupl
 
 
 def _iterate(cell: _Cell, newton: _Newton, constants: tuple, xs: PyTree, h0: Array, guess: Array | None) -> Solution:
+    """Newton's method on all steps at once, or on one segment after the other."""
+    length = jax.tree.leaves(xs)[0].shape[0]
+    if not 0 < newton.segment < length:
+        return _iterate_together(cell, newton, constants, xs, h0, guess)
+
+    def solve(h: Array, segment: tuple) -> tuple[Array, Solution]:
+        found = _iterate_together(cell, newton, constants, segment[0], h, segment[1])
+        return found.states[-1], found
+
+    count = length // newton.segment
+    whole = count * newton.segment
+    inputs = (xs, None if guess is None else jnp.broadcast_to(guess, (length, *h0.shape)))
+    split = jax.tree.map(lambda x: x[:whole].reshape(count, newton.segment, *x.shape[1:]), inputs)
+    last, found = lax.scan(solve, h0, split)
+    states, residuals, iterations, converged = found._replace(states=found.states.reshape(whole, *h0.shape))
+    if whole < length:
+        _, rest = solve(last, jax.tree.map(lambda x: x[whole:], inputs))
+        states = jnp.concatenate([states, rest.states])
+        residuals = jnp.concatenate([residuals, rest.residuals[None]])
+        iterations, converged = jnp.append(iterations, rest.iterations), jnp.append(converged, rest.converged)
+    # The largest of each iteration: a NaN of one that was done counts, of one that was not needed does not.
+    done = jnp.arange(newton.max_iterations + 1) <= iterations[:, None]
+    worst = jnp.max(jnp.where(done, residuals, -jnp.inf), axis=0)
+    return Solution(states, jnp.where(done.any(axis=0), worst, jnp.nan), jnp.max(iterations), jnp.all(converged))
+
+
+def _iterate_together(
+    cell: _Cell, newton: _Newton, constants: tuple, xs: PyTree, h0: Array, guess: Array | None
+) -> Solution:
     def residual(h: Array) -> Array:
         return cell.step(_previous(h, h0), xs, constants[0]) - h
 
     def size(r: Array) -> Array:
         return jnp.max(jnp.abs(r), initial=0.0).astype(jnp.float32)
 
+    def goal(sizes: Array) -> Array:
+        return jnp.maximum(newton.tolerance, newton.relative_tolerance * sizes[0])
+
     def unfinished(loop: tuple) -> Array:
-        iteration, _, r, _ = loop
-        return (iteration < newton.max_iterations) & (size(r) > newton.tolerance)  # NaN compares as False: it stops
+        iteration, _, r, sizes = loop
+        return (iteration < newton.max_iterations) & (size(r) > goal(sizes))  # NaN compares as False: it stops
 
     def body(loop: tuple) -> tuple:
         iteration, h, r, sizes = loop
@@ -315,6 +384,8 @@ def _iterate(cell: _Cell, newton: _Newton, constants: tuple, xs: PyTree, h0: Arr
         if newton.trust:
             J, r = _held_back(J, r, newton.trust)
         h = h + newton.damping * newton.scan(J, r, None, structure=cell.structure)
+        if newton.clip_iterates:
+            h = jnp.where(jnp.isnan(h), 0.0, jnp.clip(h, -newton.clip_iterates, newton.clip_iterates))
         r = residual(h)
         return iteration + 1, h, r, sizes.at[iteration + 1].set(size(r))
 
@@ -326,7 +397,8 @@ def _iterate(cell: _Cell, newton: _Newton, constants: tuple, xs: PyTree, h0: Arr
     sizes = jnp.full(newton.max_iterations + 1, jnp.nan, jnp.float32).at[0].set(size(r))
     iterations, h, r, sizes = lax.while_loop(unfinished, body, (jnp.zeros((), jnp.int32), start, r, sizes))
     last = size(r)
-    converged = jnp.isfinite(last) & ((last <= newton.tolerance) if newton.tolerance else True)
+    asked = newton.tolerance or newton.relative_tolerance
+    converged = jnp.isfinite(last) & ((last <= goal(sizes)) if asked else True)
     return Solution(h, sizes, iterations, converged)
 
 
@@ -440,15 +512,7 @@ def check_structure(f: Step, x: PyTree[Shaped[AnyArray, "..."]], h: Shaped[AnyAr
         raise ValueError(f"df/dh is not {structure!r}: an entry outside of the structure is {worst:.3g}")
 
 
-def _check_options(
-    structure: str,
-    method: str,
-    max_iterations: int,
-    tolerance: float,
-    damping: float,
-    trust: float,
-    fallback: str | None,
-) -> None:
+def _check_options(structure: str, method: str, fallback: str | None, newton: _Newton) -> None:
     for name, value, known in (
         ("structure", structure, STRUCTURES),
         ("method", method, METHODS),
@@ -456,21 +520,15 @@ def _check_options(
     ):
         if value not in known:
             raise ValueError(f"{name} {value!r} is unknown, expected one of {known}")
-    if max_iterations < 1:
-        raise ValueError(f"max_iterations must be at least 1, got {max_iterations}")
-    if not tolerance >= 0 or not 0 < damping <= 1 or not trust >= 0:
-        raise ValueError(
-            f"expected tolerance >= 0, 0 < damping <= 1 and trust >= 0, got {tolerance}, {damping} and {trust}"
-        )
-    if trust and structure not in ("diagonal", "quasi"):
+    if newton.max_iterations < 1:
+        raise ValueError(f"max_iterations must be at least 1, got {newton.max_iterations}")
+    for name in ("tolerance", "relative_tolerance", "trust", "clip_iterates", "segment"):
+        if not getattr(newton, name) >= 0:
+            raise ValueError(f"{name} must be at least 0, got {getattr(newton, name)}")
+    if not 0 < newton.damping <= 1:
+        raise ValueError(f"damping must lie in (0, 1], got {newton.damping}")
+    if newton.trust and structure not in ("diagonal", "quasi"):
         raise ValueError(f"trust needs a diagonal or quasi structure, got {structure!r}")
-
-
-def _check_fused(structure: str, mesh: Mesh | None) -> None:
-    if structure not in ("diagonal", "block"):
-        raise ValueError(f"method 'fused' takes the structures 'diagonal' and 'block', got {structure!r}")
-    if mesh is not None:
-        raise ValueError("method 'fused' runs through time on one device: it takes no mesh")
 
 
 def _split_shape(h0: AnyArray, xs: PyTree, structure: str) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -10,7 +10,7 @@ from experiments import cli
 from experiments.catalogue import UsageError
 from experiments.harness import check_claims
 from experiments.sequence import pararnn as experiment
-from experiments.sequence._pararnn_training import lm_model, optimizer_of, set_up_lm
+from experiments.sequence._pararnn_training import lm_model, lm_recipe, optimizer_of, set_up_lm
 from jaxpapers.train import make_mesh
 
 CELLS = ("gru", "lstm")
@@ -118,9 +118,20 @@ def test_the_projection_follows_every_update():
 
 def test_paper_is_the_rows_of_the_tables():
     config = experiment.get_config("paper")
-    assert (config.lm.rate, config.lm.batch_size, config.lm.updates, config.lm.length) == (5e-3, 256, 20_000, 2048)
-    model = lm_model("gru", experiment.VOCABULARY, config)
-    assert (model.width, model.num_layers, model.num_heads) == (1024, 24, 4)
+    experiment.check_config(config)
+    for size, mixer, row in (
+        ("400M", "gru", (5e-3, 1e-3, 1e-4, 256, 20_000, 1024, 24, 4)),
+        ("2.9B", "attention", (3e-3, 1e-4, 1e-4, 512, 55_000, 2560, 32, 32)),
+        ("7B", "lstm", (3e-3, 1e-4, 5e-6, 2048, 33_000, 4096, 32, 4)),
+    ):
+        config.lm.size = size
+        recipe, model = lm_recipe(mixer, config), lm_model(mixer, experiment.VOCABULARY, config)
+        assert row == (
+            *(recipe.rate, recipe.weight_decay, recipe.z_loss, recipe.batch_size, recipe.updates),
+            *(model.width, model.num_layers, model.num_heads),
+        )
+    config.lm.batch_size = 8  # what is given counts
+    assert lm_recipe("gru", config).batch_size == 8
     with pytest.raises(ValueError, match="preset must be smoke, small or paper"):
         experiment.get_config("tiny")
 
@@ -142,6 +153,8 @@ def test_a_sequence_split_over_devices_gives_the_loss_of_one():
         (("lm", "text", "shakespear"), "config.lm.text=shakespear must be one of"),
         (("lm", "size", "3B"), "config.lm.size=3B must be empty or one of"),
         (("lm", "rate", 0.0), "config.lm.rate=0.0 must be above 0"),
+        (("lm", "batch_size", -1), "config.lm.batch_size=-1 must be at least 1"),  # no size, no row
+        (("lm", "method", "newton"), "config.lm.method=newton must be one of"),
         (("lm", "mixers", ("gruu",)), r"config.lm.mixers=\('gruu',\) must be some of"),
     ],
 )

@@ -213,6 +213,64 @@ def test_trust_is_the_kalman_filter_of_the_textbook():
     np.testing.assert_allclose(filtered, expected, rtol=1e-12)
 
 
+@pytest.mark.parametrize("segment", [7, 8])  # with a rest and without
+def test_segments_solve_what_all_steps_at_once_do_not(segment):
+    xs = np.random.default_rng(3).normal(size=(96, 2))
+    options = {"structure": "diagonal", "method": "parallel", "max_iterations": 10, "tolerance": 1e-6}
+    with jax.enable_x64(True):
+        together, found = (
+            jax.jit(lambda xs, s=s: solve_recurrence(explosive, xs, jnp.zeros(2), segment=s, **options))(xs)
+            for s in (0, segment)
+        )
+        # One equation at a time: errors grow sixfold a step, so that no two orders of summation stay together.
+        previous = jnp.concatenate([jnp.zeros((1, 2)), found.states[:-1]])
+        np.testing.assert_allclose(found.states, explosive(previous, xs), atol=1e-6)
+    assert not bool(together.converged)
+    assert bool(found.converged)
+    done = int(found.iterations)
+    assert done <= segment  # k iterations make k states exact
+    assert np.isfinite(found.residuals[: done + 1]).all()
+    assert np.isnan(found.residuals[done + 1 :]).all()
+    assert float(found.residuals[done]) <= 1e-6
+
+
+def test_segments_have_the_guess_and_the_derivatives_of_the_whole():
+    params, xs, h0 = problem("dense")
+    with jax.enable_x64(True):
+        whole = solve("dense", params, xs, h0, method="parallel", **TIGHT)
+        warm = solve("dense", params, xs, h0, method="parallel", segment=5, guess=whole.states, tolerance=1e-12)
+        assert int(warm.iterations) == 0
+
+        def loss(params, segment):
+            return jnp.sum(solve("dense", params, xs, h0, method="parallel", segment=segment, **TIGHT).states ** 3)
+
+        gradient = jax.jit(jax.grad(loss), static_argnums=1)
+        np.testing.assert_allclose(gradient(params, 5), gradient(params, 0), rtol=1e-9)
+
+
+def test_clipped_iterates_survive_an_overflow():
+    xs = jnp.asarray(np.random.default_rng(3).normal(size=(60, 2)), jnp.float32)
+
+    def steep(h, x):
+        return jnp.sin(1e4 * h + x)
+
+    options = {"structure": "diagonal", "method": "parallel", "max_iterations": 61}
+    bare, clipped = (solve_recurrence(steep, xs, jnp.zeros(2), clip_iterates=c, **options) for c in (0, 1e8))
+    assert not np.isfinite(bare.residuals[-1])
+    assert np.isfinite(clipped.states).all()
+
+
+def test_the_relative_tolerance_is_a_share_of_the_guess():
+    params, xs, h0 = problem("diagonal", scale=1.0)
+    options = {"method": "parallel", "max_iterations": LENGTH}
+    with jax.enable_x64(True):
+        every = solve("diagonal", params, xs, h0, **options).residuals
+        found = solve("diagonal", params, xs, h0, relative_tolerance=1e-3, **options)
+    expected = int(np.argmax(np.asarray(every) <= 1e-3 * float(every[0])))
+    assert int(found.iterations) == expected > 0
+    assert bool(found.converged)
+
+
 def test_damping_takes_shorter_steps():
     params, xs, h0 = problem("diagonal")
     whole, half = (
@@ -253,6 +311,40 @@ def test_a_sequence_on_eight_devices_gives_the_numbers_of_one(structure):
         np.testing.assert_allclose(one, two, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("structure", ["diagonal", "block"])
+def test_a_batch_on_eight_devices_goes_through_eight_kernels(structure):
+    mesh = Mesh(np.array(jax.devices()[:8]), ("data",))
+    params, xs, h0 = problem(structure, batch=(8,))
+    with jax.enable_x64(True):
+
+        def loss(mesh, params, xs, h0):
+            states = solve(structure, params, xs, h0, method="fused", mesh=mesh).states
+            return jnp.sum(states**3), states
+
+        both = [
+            jax.jit(jax.value_and_grad(partial(loss, m), (0, 1, 2), has_aux=True))(params, xs, h0) for m in (mesh, None)
+        ]
+    for one, two in zip(*map(jax.tree.leaves, both), strict=True):
+        np.testing.assert_allclose(one, two, rtol=1e-10, atol=1e-12)  # sums over the batch in another order
+
+
+def test_auto_takes_the_kernel_on_tpu_where_a_mesh_says_how_the_batch_lies():
+    params, xs, h0 = (jnp.float32(array) for array in problem("diagonal"))
+
+    def kernels(mesh, f=diagonal):
+        run = jax.jit(
+            lambda params, xs, h0: (
+                solve_recurrence(lambda h, x: f(params, h, x), xs, h0, structure="diagonal", mesh=mesh).states
+            )
+        )
+        return jax.export.export(run, platforms=["tpu"])(params, xs, h0).mlir_module().count("@tpu_custom_call")
+
+    mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
+    assert kernels(mesh) == 1
+    assert kernels(None) == 0
+    assert kernels(mesh, lambda params, h, x: jnp.tanh(h + params.sum() + x)) == 0  # a whole matrix in every channel
+
+
 def test_jit_vmap_and_trees_of_inputs():
     params, xs, h0 = problem("dense")
     stacked = np.stack([params, 0.5 * params])
@@ -290,14 +382,21 @@ def test_a_wrong_structure_is_seen_by_the_check():
         ({"method": "fast"}, "method 'fast' is unknown"),
         ({"fallback": "hope"}, "fallback 'hope' is unknown"),
         ({"max_iterations": 0}, "max_iterations must be at least 1, got 0"),
-        ({"tolerance": float("nan")}, "expected tolerance >= 0"),
-        ({"damping": 0.0}, "0 < damping <= 1"),
+        ({"tolerance": float("nan")}, "tolerance must be at least 0, got nan"),
+        ({"relative_tolerance": -1}, "relative_tolerance must be at least 0, got -1"),
+        ({"segment": -4}, "segment must be at least 0, got -4"),
+        ({"damping": 0.0}, r"damping must lie in \(0, 1\], got 0.0"),
         ({"structure": "dense", "trust": 1.0}, "trust needs a diagonal or quasi structure, got 'dense'"),
         ({"h0": np.zeros((3, WIDTH), np.float32)}, r"\(time, \*batch, \.\.\.\)"),
         ({"h0": np.zeros((BATCH, WIDTH), int)}, "int32 floats"),
         ({"f": lambda h, x: h[:2]}, r"f maps a state \(4,\) of float32 to \(2,\)"),
         ({"method": "fused", "structure": "dense"}, "method 'fused' takes the structures .*, got 'dense'"),
-        ({"method": "fused", "mesh": Mesh(np.array(jax.devices()), "seq")}, "takes no mesh"),
+        ({"method": "fused", "mesh": Mesh(np.array(jax.devices()), "seq")}, "must not split `seq`"),
+        ({"segment": 4, "mesh": Mesh(np.array(jax.devices()), "seq")}, "must not split `seq`"),
+        (
+            {"method": "fused", "mesh": Mesh(np.array(jax.devices()), "data")},
+            r"a batch of \(2,\) does not divide over the axis 'data' of the mesh \{'data': 8\}",
+        ),
         ({"method": "fused", "f": lambda h, x: h * np.ones((4, 3), np.float32)[:, 0] + x[::-1]}, "not channelwise"),
     ],
 )

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray, Shaped
 
-from jaxpapers.ops.newton import Solution, solve_recurrence
+from jaxpapers.ops.newton import Number, Solution, solve_recurrence
 
 AnyArray = Array | np.ndarray
 
@@ -78,16 +78,24 @@ class Solver(NamedTuple):
     Attributes:
         method: "auto", "sequential", "parallel", "chunked", and whatever else `solve_recurrence` knows.
         max_iterations: Newton iterations; the paper takes three everywhere.
-        tolerance: stop when the largest residual is at most this; 0: never stop early.
+        tolerance: stop when the largest residual is at most this; 0: never stop early (the reference's `abs_tol`).
+        relative_tolerance: stop when it is at most this share of the guess's (the reference's `rel_tol`).
         damping: of the steps (the reference's `omega_sor`).
+        trust: weight of the term that holds steps back (ELK), for the GRU.
+        clip_iterates: clip iterates to +- this (DEER); 0: off.
+        segment: solve as many steps at a time, as the fused kernels of the paper do on long sequences; 0: all at once.
         fallback: "sequential": compute the states one after the other where the iteration has not converged.
         mesh: split the time axis over the mesh axis `seq`.
     """
 
     method: str = "auto"
     max_iterations: int = 3
-    tolerance: float = 0.0
-    damping: float = 1.0
+    tolerance: Number = 0.0
+    relative_tolerance: Number = 0.0
+    damping: Number = 1.0
+    trust: Number = 0.0
+    clip_iterates: Number = 0.0
+    segment: int = 0
     fallback: str | None = None
     mesh: Mesh | None = None
 
