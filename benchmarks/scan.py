@@ -15,23 +15,24 @@ respect to A and b; `lax.scan` then stands for autodiff through the loop.
 import argparse
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from rich.table import Table
 
 from benchmarks.timing import (
     environment,
     environment_line,
+    figure_table,
     mebibytes,
-    paired_times,
+    over_best,
     peak_memory,
     print_table,
     ratios,
+    times_with_second_chance,
     write_json,
 )
 from jaxpapers.ops.scan import METHODS, affine_scan
@@ -90,9 +91,7 @@ def main(argv: Sequence[str]) -> int:
     points = [point for point in (QUICK if args.quick else FULL) if math.prod(point.shapes[0]) <= LARGEST]
     print(environment_line())
     print("states and gradients" if args.grad else "states", "- times over the sequential method's, MiB beside inputs")
-    table = Table("", "ms", *(f"{name}" for name in (*METHODS, "lax.scan")), "auto/best")
-    for column in table.columns[1:]:
-        column.justify = "right"
+    table = figure_table("", "ms", *METHODS, "lax.scan", "auto/best")
     results = []
     for point in points:
         result = measure(point, args.grad, args.rounds)
@@ -117,9 +116,7 @@ def measure(point: Point, grad: bool, rounds: int) -> dict[str, Any]:
         rivals = {name: with_gradients(f) for name, f in rivals.items()}
     compiled = {name: jax.jit(f).lower(A, b).compile() for name, f in rivals.items()}
     calls = {name: partial(program, A, b) for name, program in compiled.items()}
-    times = paired_times(calls, rounds)
-    if auto_over_best(times) > AUTO_GOAL:
-        times = paired_times(calls, 3 * rounds)
+    times = times_with_second_chance(calls, rounds, lambda times: auto_over_best(times) > AUTO_GOAL)
     return {"seconds": times, "bytes": {name: peak_memory(program) for name, program in compiled.items()}}
 
 
@@ -149,10 +146,8 @@ def with_gradients(scan: Callable) -> Callable:
     return jax.value_and_grad(lambda A, b: jnp.sum(scan(A, b) ** 2), argnums=(0, 1))
 
 
-def auto_over_best(times: dict[str, list[float]]) -> float:
-    """The ratio of `auto` to the best method, which may be itself."""
-    best = min(METHODS, key=lambda method: statistics.median(times[method]))
-    return ratios(times, best)["auto"].median
+def auto_over_best(times: Mapping[str, Sequence[float]]) -> float:
+    return over_best(times, "auto", METHODS).median
 
 
 def row(point: Point, result: dict[str, Any]) -> list[str]:
@@ -171,10 +166,7 @@ def summarise(points: Sequence[Point], results: Sequence[dict[str, Any]]) -> Non
             ratio = ratios(result["seconds"], "parallel")["chunked"]
             memory = [mebibytes(result["bytes"][name]) for name in ("chunked", "parallel")]
             verdict = "holds" if ratio.median <= CHUNKED_GOAL else "misses"
-            print(
-                f"  {verdict:<7} {ratio.median:.2f} ({ratio.low:.2f}-{ratio.high:.2f}), "
-                f"{memory[0]} / {memory[1]} MiB: {point}"
-            )
+            print(f"  {verdict:<7} {ratio}, {memory[0]} / {memory[1]} MiB: {point}")
     worst, point = max(
         (auto_over_best(result["seconds"]), point) for point, result in zip(points, results, strict=True)
     )
