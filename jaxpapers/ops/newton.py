@@ -61,7 +61,8 @@ class Solution(NamedTuple):
         residuals: (max_iterations + 1,) largest |f(h_{t-1}, x_t) - h_t| of the guess and after each iteration; NaN for
             iterations that were not needed. Of the sequential and fused methods 0, then NaN.
         iterations: done; of segments the most.
-        converged: whether the last residual is finite and, where there is a tolerance, at most that.
+        converged: whether the last residual is at most the tolerance or, where there is none, the square root of the
+            machine's epsilon times the largest |state|, or 1 (3e-4 in float32).
     """
 
     states: Shaped[Array, "..."]
@@ -104,7 +105,8 @@ def solve_recurrence(
         guess: (time, *batch, *state) to start from, such as the solution of a neighbouring problem. None: f(0, x_t)
             (ParaRNN, Eq. A.1).
         max_iterations: of Newton's method. Three are enough for ParaRNN's cells.
-        tolerance: stop when the largest |residual| is at most this. With 0 here and below: always `max_iterations`.
+        tolerance: stop when the largest |residual| is at most this. With 0 here and below all `max_iterations` are
+            done, unless nothing is left or all is lost (a residual of 0 or NaN).
         relative_tolerance: stop, too, when it is at most this share of the guess's.
         damping: h <- h + damping * delta, in (0, 1].
         trust: lambda >= 0 of a Levenberg-Marquardt term that holds the steps back where products of |J| > 1 would blow
@@ -247,7 +249,13 @@ def _solution(
     def sequential(constants: tuple, xs: PyTree, h0: Array, guess: Array | None) -> Solution:
         return without_iterations(one_by_one(constants, xs, h0))
 
-    iterate = functools.partial(_iterate, cell, newton)
+    def by_newton(constants: tuple, xs: PyTree, h0: Array, guess: Array | None) -> Solution:
+        found = _iterate(cell, newton, constants, xs, h0, guess)
+        if fallback is None:
+            return found
+        states = lax.cond(found.converged, lambda *_: found.states, one_by_one, constants, xs, h0)
+        return found._replace(states=states)
+
     if method == "sequential":
         return sequential(constants, xs, h0, guess)
 
@@ -260,13 +268,9 @@ def _solution(
     if method == "fused":
         return by_kernel(constants, xs, h0, guess)
     if method == "auto":
-        tpu = iterate if cell.fused is None else by_kernel
-        return lax.platform_dependent(constants, xs, h0, guess, cpu=sequential, tpu=tpu, default=iterate)
-    found = iterate(constants, xs, h0, guess)
-    if fallback is None:
-        return found
-    states = lax.cond(found.converged, lambda *_: found.states, one_by_one, constants, xs, h0)
-    return found._replace(states=states)
+        tpu = by_newton if cell.fused is None else by_kernel
+        return lax.platform_dependent(constants, xs, h0, guess, cpu=sequential, tpu=tpu, default=by_newton)
+    return by_newton(constants, xs, h0, guess)
 
 
 @_solution.defjvp
@@ -276,14 +280,20 @@ def _solution_jvp(
     constants, xs, h0, _ = primals
     # A call of `_solution`, so that this rule can be differentiated in its turn.
     found = _solution(cell, newton, method, fallback, *primals)
-    prev = _previous(found.states, h0)
-    J = cell.exact(prev, xs, constants[1] if cell.exact_is_own else constants[0])
 
-    def forced(step_constants: Any, xs: PyTree) -> Array:
-        return cell.step(prev, xs, step_constants)
+    # Reverse mode keeps inputs and states alone: Jacobians and gates are computed again, and not before they are used.
+    @jax.checkpoint
+    def tangent_of_states(states: Array, constants: tuple, xs: PyTree, h0: Array, moves: tuple) -> Array:
+        prev = _previous(states, h0)
+        J = cell.exact(prev, xs, constants[1] if cell.exact_is_own else constants[0])
 
-    _, change = jax.jvp(forced, (constants[0], xs), (tangents[0][0], tangents[1]))
-    moved = newton.scan(J, change, tangents[2], structure=cell.exact_structure)
+        def forced(step_constants: Any, xs: PyTree) -> Array:
+            return cell.step(prev, xs, step_constants)
+
+        _, change = jax.jvp(forced, (constants[0], xs), (moves[0], moves[1]))
+        return newton.scan(J, change, moves[2], structure=cell.exact_structure)
+
+    moved = tangent_of_states(found.states, constants, xs, h0, (tangents[0][0], *tangents[1:3]))
     return found, jax.tree.map(_zero_tangent, found)._replace(states=moved)
 
 
@@ -397,9 +407,11 @@ def _iterate_together(
     sizes = jnp.full(newton.max_iterations + 1, jnp.nan, jnp.float32).at[0].set(size(r))
     iterations, h, r, sizes = lax.while_loop(unfinished, body, (jnp.zeros((), jnp.int32), start, r, sizes))
     last = size(r)
-    asked = newton.tolerance or newton.relative_tolerance
-    converged = jnp.isfinite(last) & ((last <= goal(sizes)) if asked else True)
-    return Solution(h, sizes, iterations, converged)
+    if newton.tolerance or newton.relative_tolerance:
+        enough = goal(sizes)
+    else:
+        enough = float(jnp.finfo(h.dtype).eps) ** 0.5 * jnp.maximum(1, size(h))
+    return Solution(h, sizes, iterations, jnp.isfinite(last) & (last <= enough))
 
 
 def _over(function: Callable, axes: int, prev: Array, xs: PyTree, constants: Any) -> Array:
@@ -481,20 +493,27 @@ def _zero_tangent(value: Array) -> Any:
     return np.zeros(value.shape, jax.dtypes.float0)
 
 
-def check_structure(f: Step, x: PyTree[Shaped[AnyArray, "..."]], h: Shaped[AnyArray, "*state"], structure: str) -> None:
-    """Raises if df/dh at a state and an input has entries outside of the declared structure.
+def check_structure(
+    f: Step,
+    x: PyTree[Shaped[AnyArray, "..."]],
+    h: Shaped[AnyArray, "*state"],
+    structure: str,
+    jacobian: Jacobian | None = None,
+) -> None:
+    """Raises if df/dh at a state and an input has entries outside of the declared structure, or is not `jacobian`.
 
-    For tests of a cell, on a few random states and inputs: a solver that is told too little iterates on and on, or ends
-    with the right states and wrong derivatives.
+    For tests of a cell, on a few random states and inputs: a solver that is told something false iterates on and on, or
+    ends with the right states and wrong derivatives.
 
     Args:
         f: one step, `(state, input) -> state`.
         x: one input.
         h: one state.
         structure: "diagonal" or "block"; every f is dense.
+        jacobian: the closed form that `solve_recurrence` would be given.
 
     Raises:
-        ValueError: it has; or an unknown structure.
+        ValueError: it has, or is not (by more than 1000 epsilons of its size); or an unknown structure.
     """
     if structure not in STRUCTURES:
         raise ValueError(f"structure {structure!r} is unknown, expected one of {STRUCTURES}")
@@ -502,14 +521,20 @@ def check_structure(f: Step, x: PyTree[Shaped[AnyArray, "..."]], h: Shaped[AnyAr
         raise ValueError(f"a state of {structure!r} has {STATE_AXES[structure]} axes, got shape {h.shape}")
     full = jax.jacfwd(f)(jnp.asarray(h), x)
     if structure == "diagonal":
-        outside = full - jnp.diag(jnp.diagonal(full))
+        inside, outside = jnp.diagonal(full), full - jnp.diag(jnp.diagonal(full))
     elif structure == "block":
-        outside = full * (1 - jnp.eye(h.shape[1]))[None, :, None, :]
+        inside = jnp.einsum("aibi->abi", full)
+        outside = jnp.where(jnp.eye(h.shape[1], dtype=bool)[None, :, None, :], 0, full)
     else:
-        return
+        inside, outside = jnp.diagonal(full) if structure == "quasi" else full, jnp.zeros(())
     worst = float(jnp.max(jnp.abs(outside)))
-    if worst > 0:
+    if not worst <= 0:  # nor NaN
         raise ValueError(f"df/dh is not {structure!r}: an entry outside of the structure is {worst:.3g}")
+    if jacobian is not None:
+        error = float(jnp.max(jnp.abs(jacobian(jnp.asarray(h), x) - inside)))
+        allowed = 1000 * float(jnp.finfo(full.dtype).eps) * max(1.0, float(jnp.max(jnp.abs(inside))))
+        if not error <= allowed:
+            raise ValueError(f"the closed-form Jacobian is off by {error:.3g}, more than rounding ({allowed:.3g})")
 
 
 def _check_options(structure: str, method: str, fallback: str | None, newton: _Newton) -> None:

@@ -176,6 +176,21 @@ def test_divergence_is_reported_and_the_loop_falls_in_on_request():
     assert not bool(helped.converged)  # the diagnostics stay those of the iteration
     expected = solve_recurrence(explosive, xs, jnp.zeros(2), structure="diagonal", method="sequential").states
     np.testing.assert_array_equal(helped.states, expected)
+    # Without a tolerance, too, what is far from a solution has not converged.
+    del options["tolerance"]
+    assert not bool(jax.jit(lambda xs: solve_recurrence(explosive, xs, jnp.zeros(2), **options))(xs).converged)
+
+
+def test_gradients_through_the_fallback_are_those_of_the_loop():
+    params, xs, h0 = problem("dense", scale=1.5)
+    with jax.enable_x64(True):
+
+        def loss(solver):
+            return jax.jit(jax.grad(lambda params: jnp.sum(solver(params) ** 3)))
+
+        options = {"method": "parallel", "max_iterations": 1, "tolerance": 1e-12, "fallback": "sequential"}
+        mine = loss(lambda params: solve("dense", params, xs, h0, **options).states)(params)
+        np.testing.assert_allclose(mine, loss(lambda p: one_by_one("dense", p, xs, h0))(params), rtol=1e-9)
 
 
 def test_trust_holds_steps_back_that_would_blow_up():
@@ -291,7 +306,8 @@ def test_the_backward_pass_keeps_no_iterates():
         )
         return sum(leaf.size for leaf in jax.tree.leaves(pullback))
 
-    assert kept(2) == kept(50) < 8 * xs.size
+    # Three arrays as long as the sequence, inputs and states among them: no Jacobian, none of the gates.
+    assert kept(2) == kept(50) <= 3 * xs.size + 2 * h0.size + 2 * params.size
 
 
 @pytest.mark.parametrize("structure", ["diagonal", "block", "dense"])
@@ -345,6 +361,25 @@ def test_auto_takes_the_kernel_on_tpu_where_a_mesh_says_how_the_batch_lies():
     assert kernels(mesh, lambda params, h, x: jnp.tanh(h + params.sum() + x)) == 0  # a whole matrix in every channel
 
 
+@pytest.mark.parametrize("structure", ["diagonal", "block", "dense"])
+def test_gradients_are_finite_differences(structure):
+    arrays = problem(structure, length=6)
+    weights = np.random.default_rng(1).normal(size=arrays[1].shape)
+    directions = [np.random.default_rng(2).normal(size=array.shape) for array in arrays]
+    with jax.enable_x64(True):
+
+        @jax.jit
+        def loss(*arrays):
+            return jnp.sum(weights * solve(structure, *arrays, method="parallel", **TIGHT).states)
+
+        slope = sum(
+            np.vdot(gradient, direction)
+            for gradient, direction in zip(jax.jit(jax.grad(loss, (0, 1, 2)))(*arrays), directions, strict=True)
+        )
+        ahead, behind = (loss(*(a + s * d for a, d in zip(arrays, directions, strict=True))) for s in (1e-5, -1e-5))
+    np.testing.assert_allclose(slope, (ahead - behind) / 2e-5, rtol=1e-7)  # the third derivative times 1e-10
+
+
 def test_jit_vmap_and_trees_of_inputs():
     params, xs, h0 = problem("dense")
     stacked = np.stack([params, 0.5 * params])
@@ -373,6 +408,18 @@ def test_a_wrong_structure_is_seen_by_the_check():
         check_structure(lambda h, x: block(params, h[:, ::-1], x), xs[0], h0, "block")
     params, xs, h0 = problem("diagonal", batch=())
     check_structure(partial(diagonal, params), xs[0], h0, "diagonal")
+
+
+def test_a_wrong_jacobian_is_seen_by_the_check():
+    params, xs, h0 = problem("diagonal", batch=())
+    step = partial(diagonal, params)
+
+    def slopes(h, x):
+        return jnp.diagonal(jax.jacrev(step)(h, x))
+
+    check_structure(step, xs[0], h0, "diagonal", slopes)
+    with pytest.raises(ValueError, match=r"the closed-form Jacobian is off by 0\.1"):
+        check_structure(step, xs[0], h0, "diagonal", lambda h, x: slopes(h, x) + 0.1)
 
 
 @pytest.mark.parametrize(
