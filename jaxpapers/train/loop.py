@@ -72,6 +72,7 @@ def fit(
     evaluate: Callable[[TrainState], Mapping[str, Any]] | None = None,
     evaluate_every: int | None = None,
     minimize: str | None = None,
+    patience: int | None = None,
     checkpoints: Checkpoints | None = None,
     checkpoint_every: int | None = None,
     metrics: MetricsWriter | None = None,
@@ -97,6 +98,7 @@ def fit(
       evaluate: `state -> metrics`, called every `evaluate_every` steps and after the last.
       evaluate_every: see above.
       minimize: name of the evaluation metric by which the best parameters are kept; NaN counts as worst.
+      patience: end early where an evaluation comes so many steps after the best one (of a population: of any model's).
       checkpoints: where to save, every `checkpoint_every` steps and at the end.
       checkpoint_every: see above; default `evaluate_every`.
       metrics: where to write what was measured.
@@ -122,6 +124,12 @@ def fit(
     checkpoint_every = checkpoint_every or evaluate_every or num_steps
     if minimize and evaluate is None:
         raise ValueError(f"minimize={minimize!r} needs an `evaluate` function")
+    if patience is not None and (minimize is None or patience < 1):
+        raise ValueError(f"patience={patience} must be at least 1, and needs a metric to minimise, got {minimize!r}")
+
+    def is_over(step: int, best: Best | None) -> bool:
+        waited = best is not None and patience is not None and step - int(jnp.max(best.step)) >= patience
+        return step >= num_steps or waited
 
     shardings = None
     if mesh is not None:
@@ -134,7 +142,7 @@ def fit(
     advancing = _advancing(train_step, batches, range(step, num_steps), shardings)
     with progress_bar(title, num_steps, step) as show, sigterm_noted() as stops_now, advancing as advance:
         unseen: list[tuple[range, Mapping[str, Any]]] = []  # watched values of the calls since the last look
-        while step < num_steps:
+        while not is_over(step, best):
             length = min(steps_per_call, num_steps - step)
             state, measured = advance(state, key, length)
             watched = {name: measured[name] for name in WATCHED if name in measured}
@@ -164,7 +172,7 @@ def fit(
                         )
                     best = _better(best, np.asarray(scores[minimize], np.float32), state)
                 stops = stops_now() or stops  # an evaluation may take minutes
-                saves = saves or (checkpoints is not None and stops)
+                saves = saves or (checkpoints is not None and (stops or is_over(step, best)))
             if checkpoints is not None and saves:
                 for part, tree in (("parameters are", state.params), ("optimizer's state is", state.opt_state)):
                     if not _sound(tree, key.ndim):

@@ -181,6 +181,32 @@ def test_best_is_kept_for_each_model_and_nan_is_worst():
     np.testing.assert_array_equal(fitted.best.params["w"], [-2.0, -3.0])
 
 
+def test_patience_ends_a_training_that_has_stopped_improving(tmp_path):
+    scores = {10: 3.0, 20: 1.0, 30: 2.0, 40: 1.0, 50: 0.0}
+
+    def run(folder, num_steps=60, **options):
+        with closing(Checkpoints(folder)) as checkpoints:
+            fitted = train(
+                num_steps,
+                HostBatches(),
+                checkpoints=checkpoints,
+                evaluate=lambda state: {"score": scores[int(state.step)]},
+                evaluate_every=10,
+                minimize="score",
+                **options,
+            )
+        return int(fitted.state.step), int(fitted.best.step), bits(fitted)
+
+    assert run(tmp_path / "patient", 50, patience=30)[:2] == (50, 50)
+    ended = run(tmp_path / "a", patience=20)  # 40 is no better than 20
+    assert ended[:2] == (40, 20)
+    assert run(tmp_path / "a", patience=20) == ended  # what has ended is not taken up again
+    with pytest.raises(ValueError, match="patience=0 must be at least 1"):
+        run(tmp_path / "b", patience=0)
+    with pytest.raises(ValueError, match="needs a metric to minimise"):
+        train(2, HostBatches(), patience=1)
+
+
 def test_extra_is_carried_and_rows_are_checked():
     optimizer = optax.sgd(0.0)
 
