@@ -8,6 +8,7 @@ Map of the room:
 - `series`: readers of time series; `alrnn_series` has the seven series that the AL-RNN authors ship.
 - `dynamics`: simulators: a Runge-Kutta integrator, the fields of Lorenz-63, Roessler and Lorenz-96,
   standardisation and delay embedding. What needs no download.
+- `control`: an agent among obstacles, a pendulum, a cart-pole: systems that are controlled from images.
 - `text`: text corpora as characters or bytes, their splits, windows of tokens.
 - `waves`: travelling waves on a grid (Stuart-Landau), what a vortex street looks like.
 - `tasks`: synthetic sequence tasks, drawn by key: parity, MQAR, k-hop, Keep-nth.

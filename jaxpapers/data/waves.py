@@ -47,18 +47,31 @@ def wave_field(a: Complex[Array, "*shape"], size: int = 16) -> Float[Array, "*sh
     return field
 
 
-def simulate_waves(
-    key: PRNGKeyArray, num_trajectories: int, num_steps: int, size: int = 16, noise: float = 0.01
-) -> Float[Array, "trajectories time size size"]:
-    """Noisy fields from |A(0)| ~ U(0.2, 1.2) and a random phase.
+def noisy_wave_fields(
+    key: PRNGKeyArray, a: Complex[Array, "*shape"], size: int = 16, noise: float = 0.01, channels: int = 1
+) -> Float[Array, "*shape size size channels"]:
+    """Fields of amplitude A and white noise; channel c is a phase of c pi/2 ahead.
 
     Raises:
-        ValueError: num_trajectories or num_steps below 1, size below 2, or negative noise.
+        ValueError: size below 2, channels below 1, or negative noise.
     """
-    if num_trajectories < 1 or noise < 0:
-        raise ValueError(f"needs num_trajectories >= 1 and noise >= 0, got {num_trajectories} and {noise}")
-    radius_key, phase_key, noise_key = jax.random.split(key, 3)
+    if channels < 1 or noise < 0:
+        raise ValueError(f"needs channels >= 1 and noise >= 0, got {channels} and {noise}")
+    fields = jnp.stack([wave_field(1j**channel * a, size) for channel in range(channels)], axis=-1)
+    return fields + noise * jax.random.normal(key, fields.shape)
+
+
+def simulate_amplitudes(
+    key: PRNGKeyArray, num_trajectories: int, num_steps: int
+) -> Complex[Array, "trajectories time"]:
+    """Amplitudes from |A(0)| ~ U(0.2, 1.2) and a random phase.
+
+    Raises:
+        ValueError: num_trajectories or num_steps below 1.
+    """
+    if num_trajectories < 1:
+        raise ValueError(f"num_trajectories must be at least 1, got {num_trajectories}")
+    radius_key, phase_key = jax.random.split(key)
     radius = jax.random.uniform(radius_key, (num_trajectories,), minval=0.2, maxval=1.2)
     phase = jax.random.uniform(phase_key, (num_trajectories,), maxval=2 * np.pi)
-    field = wave_field(stuart_landau(radius * jnp.exp(1j * phase), num_steps), size)
-    return field + noise * jax.random.normal(noise_key, field.shape)
+    return stuart_landau(radius * jnp.exp(1j * phase), num_steps)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpapers.data.waves import simulate_waves, stuart_landau, wave_field
+from jaxpapers.data.waves import noisy_wave_fields, simulate_amplitudes, stuart_landau, wave_field
 
 
 def test_amplitude_settles_on_the_unit_circle():
@@ -24,9 +24,23 @@ def test_field_is_the_sum_of_its_harmonics():
     np.testing.assert_allclose(wave_field(jnp.asarray(a))[3, 5], expected, atol=1e-6)  # float32
 
 
-def test_simulation_is_pure_and_refuses_bad_input():
-    first, second = (simulate_waves(jax.random.key(0), 2, 5) for _ in range(2))
-    assert first.shape == (2, 5, 16, 16)
-    np.testing.assert_array_equal(first, second)
-    with pytest.raises(ValueError, match="num_trajectories"):
-        simulate_waves(jax.random.key(0), 0, 5)
+def test_simulations_start_in_the_annulus_and_their_noise_is_white():
+    a = simulate_amplitudes(jax.random.key(0), 400, 2)
+    radius = np.abs(a[:, 0])
+    assert radius.min() >= 0.2
+    assert radius.max() <= 1.2
+    np.testing.assert_allclose(radius.mean(), 0.7, atol=4 * 0.29 / 20)  # four standard errors
+    np.testing.assert_allclose(np.mean(a[:, 0] / radius), 0, atol=4 / 20)
+    fields = np.asarray(noisy_wave_fields(jax.random.key(1), a[:40], noise=0.5, channels=2))
+    assert fields.shape == (40, 2, 16, 16, 2)
+    clean = np.stack([wave_field(a[:40]), wave_field(1j * a[:40])], axis=-1)
+    noise = (fields - clean).reshape(-1)
+    np.testing.assert_allclose([noise.mean(), noise.std()], [0, 0.5], atol=0.01)  # of 41,000 numbers
+    np.testing.assert_allclose(np.mean(noise[1:] * noise[:-1]), 0, atol=0.01)
+
+
+def test_bad_input_is_refused():
+    with pytest.raises(ValueError, match="num_trajectories must be at least 1, got 0"):
+        simulate_amplitudes(jax.random.key(0), 0, 5)
+    with pytest.raises(ValueError, match="needs channels >= 1 and noise >= 0, got 0"):
+        noisy_wave_fields(jax.random.key(0), jnp.ones(2, complex), channels=0)

@@ -487,3 +487,80 @@ def autoencoder(latent_dim, operator="learned"):
 def test_bad_input(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def linear_gaussian_system(rng, dim=3, latent=2):
+    """Covariance and rows of (x_{n-1}, z_{n-1}, x_n, z_n): x_n = A x_{n-1} + noise, z = E x + noise."""
+    A, E = 0.7 * rng.normal(size=(dim, dim)), rng.normal(size=(latent, dim))
+    root = rng.normal(size=(dim, dim))
+    x, z = np.eye(dim), np.eye(latent)
+    # Each variable as a linear map of independent ones: x_{n-1}, and the noises of z_{n-1}, x_n and z_n.
+    maps = [[x, 0 * E.T, 0 * x, 0 * E.T], [E, z, 0 * E, 0 * z], [A, 0 * E.T, x, 0 * E.T], [E @ A, 0 * z, E, z]]
+    covariance = scipy.linalg.block_diag(root @ root.T + x, z, x, z)
+    rows = np.split(np.arange(2 * (dim + latent)), [dim, dim + latent, 2 * dim + latent])
+    return np.block(maps) @ covariance @ np.block(maps).T, [part.tolist() for part in rows]
+
+
+def test_encoding_loses_information():
+    # Prop. 1: I(x_{n-1}; x_n) >= I(z_{n-1}; x_n) >= I(z_{n-1}; z_n).
+    with jax.enable_x64(True):
+        for seed in range(5):
+            covariance, (x0, z0, x1, z1) = linear_gaussian_system(np.random.default_rng(seed))
+            chain = [
+                float(information.conditional_information(covariance, *pair)) for pair in ((x0, x1), (z0, x1), (z0, z1))
+            ]
+            assert chain[0] > chain[1] > chain[2] > 0
+
+
+def test_the_information_of_a_latent_has_three_parts():
+    # Prop. 3: I(z_t; x_t) = I(z_{t-1}; z_t) + I(z_t; x_{t-1} | z_{t-1}) + I(z_t; x_t | x_{t-1}).
+    with jax.enable_x64(True):
+        covariance, (x0, z0, x1, z1) = linear_gaussian_system(np.random.default_rng(0))
+        whole = information.conditional_information(covariance, z1, x1)
+        parts = [
+            information.conditional_information(covariance, z0, z1),
+            information.conditional_information(covariance, z1, x0, z0),
+            information.conditional_information(covariance, z1, x1, x0),
+        ]
+        assert min(parts) > 0
+        np.testing.assert_allclose(sum(parts), whole, rtol=1e-12)
+
+
+def test_conditional_information_is_that_of_a_pair_and_of_equation_7():
+    with jax.enable_x64(True):
+        pair = np.array([[2.0, 0.6], [0.6, 1.0]])
+        np.testing.assert_allclose(
+            information.conditional_information(pair, [0], [1]), -np.log(1 - 0.36 / 2) / 2, rtol=1e-12
+        )
+        rng = np.random.default_rng(1)
+        K, C, Sigma = 0.4 * rng.normal(size=(3, 3)), np.diag([1.0, 2.0, 0.5]), 0.1 * np.eye(3)
+        joint = np.block([[C, C @ K.T], [K @ C, K @ C @ K.T + Sigma]])
+        expected = information.gaussian_mutual_information(K, C, Sigma)
+        np.testing.assert_allclose(
+            information.conditional_information(joint, [0, 1, 2], [3, 4, 5]), expected, rtol=1e-12
+        )
+    with pytest.raises(ValueError, match="no row may occur twice"):
+        information.conditional_information(pair, [0], [0])
+
+
+@pytest.mark.parametrize("n", [1, 4])
+def test_water_filled_along_the_gains_is_the_best_covariance(n):
+    rng = np.random.default_rng(2)
+    K, root = 0.5 * rng.normal(size=(4, 4)), rng.normal(size=(4, 4))
+    with jax.enable_x64(True):
+        Sigma = jnp.asarray(root @ root.T / 4 + 0.1 * np.eye(4))
+        gains, V = information.transition_gains(K, Sigma, n)
+        p = information.water_filling(gains, 2.0)
+        best = float(information.gaussian_mutual_information(K, (V * p) @ V.T, Sigma, n))
+        np.testing.assert_allclose(best, np.sum(np.log1p(gains * p)) / 2, rtol=1e-10)
+        for _ in range(20):  # others of the same trace
+            other = (lambda r: r @ r.T)(rng.normal(size=(4, 4)))
+            assert float(information.gaussian_mutual_information(K, 2 * other / np.trace(other), Sigma, n)) < best
+
+
+def test_a_shared_operator_on_a_graph_is_the_kronecker_product():
+    rng = np.random.default_rng(3)
+    K, A, z = rng.normal(size=(2, 2)), rng.normal(size=(3, 3)), rng.normal(size=(5, 3, 2))
+    with jax.enable_x64(True):
+        stepped = operators.graph_transition(K, A, z)
+    np.testing.assert_allclose(stepped.reshape(5, 6), z.reshape(5, 6) @ np.kron(A, K).T, rtol=1e-12)

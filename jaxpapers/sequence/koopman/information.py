@@ -1,11 +1,13 @@
 """Information measures of a latent space: von Neumann entropy, InfoNCE, Gaussian mutual information, water-filling."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.scipy.linalg import solve_triangular
 from jaxtyping import Array, Float
 
 AnyArray = Array | np.ndarray
@@ -167,6 +169,51 @@ def gaussian_mutual_information(
     with jax.default_matmul_precision("highest"):
         signal = power @ jnp.asarray(C) @ power.T
     return (jnp.linalg.slogdet(signal + noise)[1] - jnp.linalg.slogdet(noise)[1]) / 2
+
+
+def transition_gains(
+    K: Float[AnyArray, "dim dim"], Sigma: Float[AnyArray, "dim dim"], n: int = 1
+) -> tuple[Float[Array, "dim"], Float[Array, "dim dim"]]:
+    """Gains g, largest first, and directions V of M_n^{-1/2} K^n = U diag(sqrt g) V^T (Prop. 4).
+
+    With C = V diag(p) V^T, Eq. 7 is sum 1/2 log(1 + g p): what `water_filling` maximises over p.
+
+    Raises:
+        ValueError: n < 1.
+    """
+    power, noise = noise_covariance(K, Sigma, n)
+    # A Cholesky factor for M_n^{1/2}: the two differ by a rotation, which is U's.
+    scaled = solve_triangular(jnp.linalg.cholesky(noise), power, lower=True)
+    _, roots, directions = jnp.linalg.svd(scaled)
+    return jnp.square(roots), directions.T
+
+
+def conditional_information(
+    covariance: Float[AnyArray, "dim dim"], first: Sequence[int], second: Sequence[int], given: Sequence[int] = ()
+) -> Float[Array, ""]:
+    """I(a; b | c) of jointly Gaussian variables, in nats, from the covariance of all of them.
+
+    What Props. 1 and 3 speak of, for linear-Gaussian systems: the chain I(x_{n-1}; x_n) >= I(z_{n-1}; x_n) >=
+    I(z_{n-1}; z_n), and the parts of I(z_t; x_t).
+
+    Args:
+        covariance: of all variables.
+        first: rows of a.
+        second: rows of b.
+        given: rows of c; none: I(a; b).
+
+    Raises:
+        ValueError: an empty a or b, or rows that occur twice.
+    """
+    a, b, c = list(first), list(second), list(given)
+    if not a or not b or len({*a, *b, *c}) != len(a) + len(b) + len(c):
+        raise ValueError(f"first and second need rows, and no row may occur twice, got {a}, {b} and {c}")
+    covariance = jnp.asarray(covariance)
+
+    def log_det(rows: list[int]) -> Array:
+        return jnp.linalg.slogdet(covariance[jnp.ix_(np.array(rows), np.array(rows))])[1] if rows else jnp.zeros(())
+
+    return (log_det(a + c) + log_det(b + c) - log_det(a + b + c) - log_det(c)) / 2
 
 
 def water_filling(

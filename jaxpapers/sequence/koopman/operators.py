@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.scipy.linalg import solve_triangular
+from jax.scipy.linalg import solve, solve_triangular
 from jaxtyping import Array, Complex, Float, Key
 
 from jaxpapers.sequence.koopman.information import AnyArray
@@ -42,9 +42,9 @@ def _ridge(rows: Array, targets: Array, ridge: float) -> Array:
     with jax.default_matmul_precision("highest"):
         if count < dim:
             gram = rows @ rows.T + ridge * jnp.eye(count, dtype=rows.dtype)
-            return rows.T @ jnp.linalg.solve(gram, targets)
+            return rows.T @ solve(gram, targets, assume_a="pos")
         gram = rows.T @ rows + ridge * jnp.eye(dim, dtype=rows.dtype)
-        return jnp.linalg.solve(gram, rows.T @ targets)
+        return solve(gram, rows.T @ targets, assume_a="pos")
 
 
 def rollout(
@@ -64,6 +64,13 @@ def rollout(
         return z, z
 
     return jnp.moveaxis(lax.scan(body, jnp.asarray(z0), length=steps)[1], 0, -2)
+
+
+def graph_transition(
+    K: Float[AnyArray, "dim dim"], adjacency: Float[AnyArray, "nodes nodes"], z: Float[AnyArray, "*batch nodes dim"]
+) -> Float[Array, "*batch nodes dim"]:
+    """One step of K(A) = A (x) K, an operator that the nodes of a graph share (Sec. 5): z_i <- sum_j A_ij K z_j."""
+    return jnp.einsum("ij,...jd,ed->...ie", adjacency, z, K, precision="highest")
 
 
 def spectrum(K: Float[AnyArray, "dim dim"]) -> Complex[np.ndarray, "dim"]:
@@ -133,14 +140,14 @@ def fit_kernel_koopman(
     phi = fourier_features(model, x)
     damping = np.sqrt(ridge) * jnp.eye(features, dtype=x.dtype)
 
-    def solve(rows: Array, targets: Array) -> Array:
+    def least_squares(rows: Array, targets: Array) -> Array:
         # QR, not the normal equations: these square a condition number that float32 barely holds as it is.
         q, r = jnp.linalg.qr(jnp.concatenate([rows.reshape(-1, features), damping]))
         projected = q[:-features].T @ targets.reshape(-1, targets.shape[-1])
         return solve_triangular(r, projected).T
 
     with jax.default_matmul_precision("highest"):
-        return model._replace(K=solve(phi[:, :-1], phi[:, 1:]), readout=solve(phi, x))
+        return model._replace(K=least_squares(phi[:, :-1], phi[:, 1:]), readout=least_squares(phi, x))
 
 
 def forecast_kernel_koopman(
