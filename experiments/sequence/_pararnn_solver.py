@@ -59,20 +59,20 @@ def analyse_exactness(config: ConfigDict) -> dict[str, Any]:
     """Parallel against sequential states, and gradients of sum h^2: `exact/<cell>/<float>/<what>`, the largest of all.
 
     Differences are relative to the largest entry of the sequential route's array. Float32 takes the paper's three
-    iterations, float64 five (the paper's three end at float32's precision) and the first of the lengths alone.
+    iterations, float64 five (the paper's three end at float32's precision) and the first of the widths alone.
     """
     settings = config.newton
     metrics: dict[str, Any] = {}
-    for bits, iterations, lengths in ((32, 3, settings.lengths), (64, 5, settings.lengths[:1])):
+    for bits, iterations, widths in ((32, 3, settings.widths), (64, 5, settings.widths[:1])):
         for cell in CELLS:
             found = [
                 differences(*draw(key, cell, width, length, settings.batch_size), iterations, bits)
-                for width in settings.widths
-                for length in lengths
+                for width in widths
+                for length in settings.lengths
                 for key in seed_keys(config)
             ]
             for what in found[0]:
-                metrics[f"exact/{cell}/float{bits}/{what}"] = max(each[what] for each in found)
+                metrics[f"exact/{cell}/float{bits}/{what}"] = np.max([each[what] for each in found])
     return metrics
 
 
@@ -126,8 +126,8 @@ def analyse_speed(config: ConfigDict) -> dict[str, Any]:
     """Time of the forward pass by method and length (Figs. 1, 2, 5): `speed/<cell>/<method>`, seconds per length.
 
     The least of `repeats` runs, as in the paper; batch and width are not printed there. `speed_up/<cell>` is the
-    sequential time over the best parallel one; on an accelerator it is also kept as `accelerator/speed_up/<cell>`,
-    which is what the claim is checked on.
+    sequential time over the best of Newton's; on an accelerator it is also kept as `accelerator/speed_up/<cell>`, which
+    is what the claim is checked on. The kernel runs through time as the loop does: its times are reported alone.
     """
     settings = config.speed
     metrics: dict[str, Any] = {"speed/lengths": np.array(settings.lengths)}
@@ -139,7 +139,7 @@ def analyse_speed(config: ConfigDict) -> dict[str, Any]:
             for method in methods:
                 times[method].append(least_seconds(params, g, method, settings.repeats))
         metrics |= {f"speed/{cell}/{method}": np.array(seconds) for method, seconds in times.items()}
-        best = np.min([times[method] for method in methods[1:]], axis=0)
+        best = np.minimum(times["parallel"], times["chunked"])
         metrics[f"speed_up/{cell}"] = np.array(times["sequential"]) / best
         if jax.default_backend() != "cpu":
             metrics[f"accelerator/speed_up/{cell}"] = metrics[f"speed_up/{cell}"]

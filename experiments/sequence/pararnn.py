@@ -10,7 +10,7 @@ want SlimPajama and 10 billion tokens, and the speed of Fig. 1, which wants an a
 its times are reported alone. k-hop, MQAR and Keep-nth are shorter (32 steps, 32 tokens for the last two, one seed) and
 get 600 updates of the paper's two million, at a higher rate: they are reported, not claimed. Away from accelerators
 recurrences are trained by the sequential route (`method="auto"`), whose states are exact; what three Newton iterations
-would have left is measured at the end.
+would have left is measured at the end. Models are scored by their states computed one by one.
 
 `paper` is a row of Tables 3 and 4 (`lm.size`), for `plan`: parameters are sharded over `data` (fsdp), sequences over
 `seq` where the mesh has it. SlimPajama has no reader here yet: `run` takes Tiny Shakespeare in this preset, too.
@@ -136,9 +136,9 @@ def get_config(preset: str = "small") -> ConfigDict:
     match preset:
         case "smoke":
             config |= {"num_seeds": 1, "updates_per_call": 5}
-            config["newton"] |= {"widths": (16,), "lengths": (32, 64), "batch_size": 2}
+            config["newton"] |= {"widths": (16,), "lengths": (64,), "batch_size": 2}
             config["clip"] |= {"width": 8, "length": 32, "amplitudes": (0.5, 4.0)}
-            config["speed"] |= {"width": 16, "lengths": (16, 64), "repeats": 2}
+            config["speed"] |= {"width": 16, "lengths": (64,), "repeats": 2}
             small = {"num_seeds": 1, "length": 12, "updates": 10, "test_samples": 20}
             once = {"parity": ("gru", "linear"), "mqar": ("lstm", "attention")}  # every mixer compiles somewhere
             config["tasks"] = {name: config["tasks"][name] | small | {"mixers": once[name]} for name in once}
@@ -151,6 +151,7 @@ def get_config(preset: str = "small") -> ConfigDict:
             # 3000 epochs of 10,000
             paper = {"num_seeds": 3, "updates": 1_875_000, "test_samples": 100_000, "rate": 5e-4, "length": 100}
             config["tasks"] = {name: recipe | paper for name, recipe in config["tasks"].items()}
+            config["speed"] |= {"lengths": tuple(2**power for power in range(2, 18)), "repeats": 100}
             for name in ("mqar", "keep_nth"):
                 config["tasks"][name]["vocab"] = 128
             config["lm"] |= {"size": "400M", "length": 2048, "mixers": ("gru", "lstm", "mamba2", "attention")}
@@ -327,16 +328,19 @@ def _clip_text(metrics: Metrics) -> str:
 RIVALS = ("linear", "mamba2", "attention")
 
 
+def _largest_residual(metrics: Metrics) -> float:
+    return float(np.max([float(metrics[f"lm/{cell}/residual"]) for cell in CELLS]))  # NaN if one is
+
+
 def _in_the_same_league(metrics: Metrics) -> bool:
     ours = float(metrics["lm/gru/perplexity"])
-    best = min(float(metrics[f"lm/{mixer}/perplexity"]) for mixer in RIVALS)
-    residual = max(float(metrics[f"lm/{cell}/residual"]) for cell in CELLS)
-    return ours <= 1.10 * best and residual < 1e-4
+    best = np.nanmin([float(metrics[f"lm/{mixer}/perplexity"]) for mixer in RIVALS])  # one that diverged is no rival
+    return bool(ours <= 1.10 * best and _largest_residual(metrics) < 1e-4)
 
 
 def _lm_text(metrics: Metrics) -> str:
     rows = [f"{NAMES[mixer]} {float(metrics[f'lm/{mixer}/perplexity']):.3f}" for mixer in MIXERS]
-    residual = max(float(metrics[f"lm/{cell}/residual"]) for cell in CELLS)
+    residual = _largest_residual(metrics)
     return f"{', '.join(rows)} (1 seed); residual {residual:.0e}"
 
 

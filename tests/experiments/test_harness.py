@@ -145,7 +145,7 @@ def test_record_refuses_a_run_with_parts_missing(toy, monkeypatch, capsys):
         (["list", "--markdwon"], "unknown option '--markdwon'; did you mean '--markdown'?"),
         (["run"], "required: SLUG[:PRESET]"),
         (["run", "alrn"], "unknown paper 'alrn'; did you mean 'alrnn'?"),
-        (["run", "koopman"], "paper 'koopman' is planned"),
+        (["run", "tactile_ead"], "paper 'tactile_ead' is planned"),
         (["run", "alrnn:tiny"], "unknown preset 'tiny'; known: paper, small, smoke"),
         (["run", "alrnn:smal"], "unknown preset 'smal'; did you mean 'small'?"),
         (["run", "alrnn", "--config.sed=3"], "unknown field config.sed; did you mean 'seed'?"),

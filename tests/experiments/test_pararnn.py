@@ -136,6 +136,20 @@ def test_paper_is_the_rows_of_the_tables():
         experiment.get_config("tiny")
 
 
+@pytest.mark.parametrize("seq", [1, 2])  # the kernel, and chunks
+def test_the_programs_of_the_tables_are_traced_without_numbers(seq):
+    config = experiment.get_config("paper")
+    config.lm.mixers = ("gru",)
+    programs = experiment.programs(config, make_mesh(data=8 // seq, model=1, seq=seq))
+    assert set(programs) == {"lm/gru/update"}
+    update, arguments = programs["lm/gru/update"]
+    state, batch, _ = arguments
+    assert batch.shape == (256, 2049)
+    assert state.params["embed"]["embedding"].shape == (50_432, 1024)
+    kernels = str(update.trace(*arguments).jaxpr).count("recurrence_")
+    assert bool(kernels) == (seq == 1)
+
+
 def test_a_sequence_split_over_devices_gives_the_loss_of_one():
     config = experiment.get_config("smoke")
     tokens = jax.random.randint(jax.random.key(0), (4, config.lm.length + 1), 0, 65)
