@@ -45,6 +45,7 @@ from jaxpapers.train import (
     make_schedule,
     make_train_step,
     member,
+    run_once,
     to_host,
     vmap_step,
 )
@@ -63,7 +64,7 @@ SWITCHED_OFF = {"no_information": "alpha", "no_transition": "beta", "no_entropy"
 AUTOENCODER = "kae"
 
 _SYSTEM: dict[str, Any] = {
-    "num_seeds": 2,
+    "num_seeds": 1,
     "latent_dim": 4,
     "width": 128,
     "window": 6,  # short, so that a batch shows many places; the paper's neighbourhood of 5 wants 11 and more
@@ -83,9 +84,9 @@ _SYSTEM: dict[str, Any] = {
     "control_cost": 1.0,
     "max_control": 3.0,
 }
-_PENDULUM = _SYSTEM | {"num_seeds": 1, "updates": 1_200, "horizon": 100, "state_cost": 50.0, "max_control": 0.65}
+_PENDULUM = _SYSTEM | {"updates": 1_200, "horizon": 100, "state_cost": 50.0, "max_control": 0.65}
 _CARTPOLE = _SYSTEM | {"latent_dim": 8, "horizon": 50, "plan": 5, "state_cost": 100.0, "max_control": 10.0}
-_SMOKE = {"num_seeds": 1, "latent_dim": 3, "width": 8, "window": 5, "batch_size": 2, "updates": 4, "horizon": 5}
+_SMOKE = {"latent_dim": 3, "width": 8, "window": 5, "batch_size": 2, "updates": 4, "horizon": 5}
 _PAPER = {
     "num_seeds": 10,
     "width": 500,
@@ -149,7 +150,7 @@ class PixelEncoder(nn.Module):
 @cache
 def pixel_statistics(name: str) -> tuple[np.ndarray, float]:
     """Mean image of a system's random observations, and the root mean square deviation from it."""
-    images = jax.jit(lambda key: simulate_control(SYSTEMS[name], key, 1000, 1).images)(jax.random.key(0))
+    images = run_once(lambda key: simulate_control(SYSTEMS[name], key, 1000, 1).images, jax.random.key(0))
     pixels = to_host(images).reshape(1000, -1)
     return pixels.mean(axis=0), float(np.sqrt(pixels.var(axis=0).mean()))
 
@@ -173,7 +174,7 @@ def first_params(name: str, config: ConfigDict) -> Any:
     model, system = control_model(name, config), SYSTEMS[name]
     pixels = jnp.zeros((1, system.frames * system.size**2))
     keys = jax.random.split(jax.random.key(config.seed), config.control.systems[name].num_seeds)
-    return jax.jit(jax.vmap(lambda key: model.init(key, pixels)["params"]))(keys)
+    return run_once(jax.vmap(lambda key: model.init(key, pixels)["params"]), keys)
 
 
 def set_up_control(name: str, autoencoder: bool, params: Any, config: ConfigDict) -> ControlSetup:

@@ -42,6 +42,7 @@ from jaxpapers.train import (
     make_schedule,
     make_train_step,
     member,
+    run_once,
     to_host,
     vmap_step,
 )
@@ -273,8 +274,10 @@ def set_up_population(name: str, trajectories: np.ndarray, config: ConfigDict) -
     def windows(key: Array, step: Array) -> Array:
         return draw_windows(jax.random.fold_in(key, step), trajectories, recipe.batch_size, recipe.window)
 
+    params = run_once(jax.vmap(initialiser(name, config)), init_keys)
+    weights = {"alpha": alphas, "gamma": gammas}
     return Population(
-        create_population(initialiser(name, config), optimizer, init_keys, {"alpha": alphas, "gamma": gammas}),
+        create_population(partial(member, params), optimizer, jnp.arange(len(alphas)), weights),
         vmap_step(single_step(name, config)),
         OnDevice(lambda step: jax.vmap(windows, (0, None))(data_keys, step)),
         keys,

@@ -25,7 +25,7 @@ from jaxpapers.sequence.koopman import (
     gaussian_log_likelihood,
     variational_loss,
 )
-from jaxpapers.train import OnDevice, create_population, make_train_step, member, to_host, vmap_step
+from jaxpapers.train import OnDevice, create_population, make_train_step, member, run_once, to_host, vmap_step
 
 
 def latent_vae(system: str, config: ConfigDict) -> LatentVAE:
@@ -59,8 +59,9 @@ def set_up_vae(system: str, trajectories: np.ndarray, config: ConfigDict) -> Pop
     def windows(key: Array, step: Array) -> Array:
         return draw_windows(jax.random.fold_in(key, step), trajectories, recipe.batch_size, recipe.window)
 
+    params = run_once(jax.vmap(init), init_keys)
     return Population(
-        create_population(init, optimizer, init_keys),
+        create_population(partial(member, params), optimizer, jnp.arange(recipe.num_seeds)),
         vmap_step(make_train_step(loss_fn, optimizer)),
         OnDevice(lambda step: jax.vmap(windows, (0, None))(data_keys, step)),
         keys,

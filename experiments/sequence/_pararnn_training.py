@@ -41,6 +41,8 @@ from jaxpapers.train import (
     make_optimizer,
     make_schedule,
     make_train_step,
+    member,
+    run_once,
     to_host,
     vmap_step,
 )
@@ -145,9 +147,10 @@ def set_up_task(name: str, mixer: str, config: ConfigDict) -> TaskSetup:
         found = jnp.sum(jax.lax.map(partial(counts, params), keys), axis=0)
         return {"accuracy": found[0] / found[1], "last": found[2] / jnp.maximum(found[3], 1)}
 
+    params = run_once(jax.vmap(init), init_keys)
     return TaskSetup(
         model,
-        create_population(init, optimizer, init_keys),
+        create_population(partial(member, params), optimizer, jnp.arange(recipe.num_seeds)),
         vmap_step(make_train_step(loss_fn, optimizer)),
         OnDevice(lambda step: jax.vmap(lambda key: draw(jax.random.fold_in(key, step)))(data_keys)),
         keys,
@@ -270,7 +273,7 @@ def set_up_lm(
             "residual": newton_residual(sown.get("diagnostics", {})),
         }
 
-    state = jax.eval_shape(init) if abstract else jax.jit(init)()
+    state = jax.eval_shape(init) if abstract else run_once(init)
     return LanguageSetup(model, state, make_train_step(loss_fn, optimizer), jax.jit(evaluate))
 
 

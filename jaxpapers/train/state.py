@@ -30,6 +30,12 @@ class TrainState(struct.PyTreeNode):
     extra: PyTree = None
 
 
+def run_once(function: Callable[..., PyTree], *args: Any) -> PyTree:
+    """`function(*args)`, compiled with little optimisation: for initialisations, whose time is their compilation."""
+    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    return jax.jit(function, compiler_options=options)(*args)
+
+
 def create_state(params: PyTree, optimizer: optax.GradientTransformation, extra: PyTree = None) -> TrainState:
     """The state of one model before its first update."""
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), extra)
