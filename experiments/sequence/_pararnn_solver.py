@@ -17,6 +17,7 @@ from jax import Array
 from ml_collections import ConfigDict
 
 from jaxpapers.sequence.pararnn import GRUParams, LSTMParams, Solver, init_gru, init_lstm, preactivations, solve
+from jaxpapers.train import jit_once
 
 CELLS: dict[str, Callable[..., GRUParams | LSTMParams]] = {"gru": init_gru, "lstm": init_lstm}
 CONVERGED = 1e-5  # largest residual of a state that counts as found (the card)
@@ -31,7 +32,7 @@ def draw(key: Array, cell: str, width: int, length: int, batch_size: int) -> tup
     return params, preactivations(x, params.B, params.b)
 
 
-@partial(jax.jit, static_argnums=2)
+@partial(jit_once, static_argnums=2)
 def residuals(params: GRUParams | LSTMParams, g: Array, iterations: int) -> Array:
     """(iterations + 1,) largest residual of the guess and after each Newton iteration."""
     return solve(params, g, solver=Solver(method="chunked", max_iterations=iterations)).residuals
@@ -83,7 +84,7 @@ def differences(params: GRUParams | LSTMParams, g: Array, iterations: int, bits:
         return {what: float(value) for what, value in _differences(params, g, iterations).items()}
 
 
-@partial(jax.jit, static_argnums=2)
+@partial(jit_once, static_argnums=2)
 def _differences(params: GRUParams | LSTMParams, g: Array, iterations: int) -> dict[str, Array]:
     def energy(A: Array, g: Array, method: str) -> tuple[Array, Array]:
         found = solve(params._replace(A=A), g, solver=Solver(method=method, max_iterations=iterations)).states
@@ -115,7 +116,7 @@ def analyse_clip(config: ConfigDict) -> dict[str, Any]:
 def clipped(key: Array, cell: str, amplitude: float, settings: ConfigDict) -> tuple[GRUParams | LSTMParams, Array]:
     """A cell with a, c ~ U(+-amplitude), and its pre-activations, as `draw`."""
     key_draw, key_a, key_c = jax.random.split(key, 3)
-    params, g = draw(key_draw, cell, settings.width, settings.length, 1)
+    params, g = draw(key_draw, cell, settings.width, settings.length, settings.batch_size)
     params = params._replace(A=jax.random.uniform(key_a, params.A.shape, minval=-amplitude, maxval=amplitude))
     if isinstance(params, LSTMParams):
         params = params._replace(C=jax.random.uniform(key_c, params.C.shape, minval=-amplitude, maxval=amplitude))

@@ -30,10 +30,15 @@ class TrainState(struct.PyTreeNode):
     extra: PyTree = None
 
 
+def jit_once(function: Callable[..., PyTree], **options: Any) -> Callable[..., PyTree]:
+    """`jax.jit` with little optimisation: for what runs once or twice, and whose time is its compilation."""
+    quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    return jax.jit(function, compiler_options=quick, **options)
+
+
 def run_once(function: Callable[..., PyTree], *args: Any) -> PyTree:
-    """`function(*args)`, compiled with little optimisation: for initialisations, whose time is their compilation."""
-    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-    return jax.jit(function, compiler_options=options)(*args)
+    """`function(*args)` by `jit_once`: for initialisations."""
+    return jit_once(function)(*args)
 
 
 def create_state(params: PyTree, optimizer: optax.GradientTransformation, extra: PyTree = None) -> TrainState:

@@ -188,6 +188,7 @@ def test_convolutional_stages_plan_and_divide_their_batches(smoke):
     config = smoke.copy_and_resolve_references()
     config.waves.update({"encoder": "conv", "channels": 2, "batch_size": 8, "size": 16})
     config.stages = {"waves": config.stages.waves_least_squares}
+    config.vae.systems = ("lorenz",)
     (name, (update, arguments)), *_ = experiment.programs(config, make_mesh(data=8)).items()
     assert name == "waves/update"
     state, metrics = jax.eval_shape(update, *arguments)
