@@ -38,11 +38,11 @@ from jaxpapers.train import (
     batch_part,
     create_population,
     create_state,
+    jit_once,
     make_optimizer,
     make_schedule,
     make_train_step,
     member,
-    run_once,
     to_host,
     vmap_step,
 )
@@ -155,18 +155,20 @@ def train_shape(name: str, config: ConfigDict) -> tuple[int, ...]:
     return (*rows, *state_shape(name, config))
 
 
+def networks(name: str, features: int, config: ConfigDict) -> tuple[MLP | ConvEncoder, MLP | ConvDecoder]:
+    """Encoder from states of a system to so many features, and decoder."""
+    recipe, shape = config[name], state_shape(name, config)
+    if recipe.encoder == "conv":
+        return ConvEncoder(features), ConvDecoder((shape[0], shape[1], shape[2]))
+    hidden = tuple(recipe.hidden)
+    return MLP((*hidden, features)), MLP((*hidden[::-1], *shape))
+
+
 def autoencoder(name: str, config: ConfigDict) -> KoopmanAutoencoder:
     """The model of a stage."""
     stage = config.stages[name]
-    recipe, shape = config[stage.data], state_shape(stage.data, config)
-    encoder: MLP | ConvEncoder
-    decoder: MLP | ConvDecoder
-    if recipe.encoder == "conv":
-        encoder, decoder = ConvEncoder(recipe.latent_dim), ConvDecoder((shape[0], shape[1], shape[2]))
-    else:
-        hidden = tuple(recipe.hidden)
-        encoder, decoder = MLP((*hidden, recipe.latent_dim)), MLP((*hidden[::-1], *shape))
-    return KoopmanAutoencoder(encoder, decoder, recipe.latent_dim, stage.operator)
+    dim = config[stage.data].latent_dim
+    return KoopmanAutoencoder(*networks(stage.data, dim, config), dim, stage.operator)
 
 
 def weights_of(name: str, config: ConfigDict) -> list[tuple[float, float]]:
@@ -248,7 +250,7 @@ def draw_windows(key: Array, trajectories: Any, batch_size: int, window: int) ->
 
 
 class Population(NamedTuple):
-    """What trains the models of a stage together, variant by variant, each with all its seeds.
+    """What trains models together, variant by variant, each with all its seeds.
 
     Attributes:
       state: before the first update.
@@ -263,25 +265,54 @@ class Population(NamedTuple):
     keys: Array
 
 
-def set_up_population(name: str, trajectories: np.ndarray, config: ConfigDict) -> Population:
-    """State, update and batches of a stage of small networks."""
-    recipe = config[config.stages[name].data]
+def population(
+    name: str,
+    trajectories: np.ndarray,
+    init: Callable[[Array], Any],
+    loss_fn: LossFn,
+    config: ConfigDict,
+    variants: int = 1,
+    extra: Any = None,
+) -> Population:
+    """State, update and batches of small networks on a system; all populations of a seed see the same windows."""
+    recipe = config[name]
     optimizer = optimizer_of(recipe)
-    alphas, gammas = np.repeat(np.float32(weights_of(name, config)), recipe.num_seeds, axis=0).T
-    seeds = jnp.tile(jax.random.split(jax.random.key(config.seed), recipe.num_seeds), len(config.stages[name].variants))
+    seeds = jnp.tile(jax.random.split(jax.random.key(config.seed), recipe.num_seeds), variants)
     init_keys, data_keys, keys = jnp.moveaxis(jax.vmap(lambda seed: jax.random.split(seed, 3))(seeds), 1, 0)
 
     def windows(key: Array, step: Array) -> Array:
         return draw_windows(jax.random.fold_in(key, step), trajectories, recipe.batch_size, recipe.window)
 
-    params = run_once(jax.vmap(initialiser(name, config)), init_keys)
-    weights = {"alpha": alphas, "gamma": gammas}
     return Population(
-        create_population(partial(member, params), optimizer, jnp.arange(len(alphas)), weights),
-        vmap_step(single_step(name, config)),
+        create_population(init, optimizer, init_keys, extra, jit=jit_once),
+        vmap_step(make_train_step(loss_fn, optimizer)),
         OnDevice(lambda step: jax.vmap(windows, (0, None))(data_keys, step)),
         keys,
     )
+
+
+def set_up_population(name: str, trajectories: np.ndarray, config: ConfigDict) -> Population:
+    """The population of a stage."""
+    stage = config.stages[name]
+    alphas, gammas = np.repeat(np.float32(weights_of(name, config)), config[stage.data].num_seeds, axis=0).T
+    weights = {"alpha": alphas, "gamma": gammas}
+    parts = initialiser(name, config), loss_of(name, config)
+    return population(stage.data, trajectories, *parts, config, len(stage.variants), weights)
+
+
+def fit_population(name: str, setup: Population, updates: int, config: ConfigDict, run: Run) -> Any:
+    """Trained parameters on the host, a row a model."""
+    fitted = run.fit(
+        name,
+        setup.state,
+        setup.train_step,
+        setup.batches,
+        updates,
+        key=setup.keys,
+        steps_per_call=config.updates_per_call,
+        log_every=2 * config.updates_per_call,
+    )
+    return to_host(fitted.state.params)
 
 
 def single_state(name: str, weights: tuple[float, float], seed: int, config: ConfigDict) -> TrainState:
@@ -348,17 +379,7 @@ def encode(model: KoopmanAutoencoder, params: Any, x: Array | np.ndarray) -> Arr
 
 def _train_together(name: str, data: Data, config: ConfigDict, run: Run) -> Any:
     setup = set_up_population(name, data.train, config)
-    fitted = run.fit(
-        name,
-        setup.state,
-        setup.train_step,
-        setup.batches,
-        config[config.stages[name].data].updates,
-        key=setup.keys,
-        steps_per_call=config.updates_per_call,
-        log_every=2 * config.updates_per_call,
-    )
-    return to_host(fitted.state.params)
+    return fit_population(name, setup, config[config.stages[name].data].updates, config, run)
 
 
 def _train_singles(name: str, data: Data, config: ConfigDict, run: Run) -> Any:

@@ -38,10 +38,10 @@ from jaxpapers.train import (
     TrainStep,
     create_population,
     create_state,
+    jit_once,
     make_optimizer,
     make_schedule,
     make_train_step,
-    member,
     run_once,
     to_host,
     vmap_step,
@@ -147,10 +147,9 @@ def set_up_task(name: str, mixer: str, config: ConfigDict) -> TaskSetup:
         found = jnp.sum(jax.lax.map(partial(counts, params), keys), axis=0)
         return {"accuracy": found[0] / found[1], "last": found[2] / jnp.maximum(found[3], 1)}
 
-    params = run_once(jax.vmap(init), init_keys)
     return TaskSetup(
         model,
-        create_population(partial(member, params), optimizer, jnp.arange(recipe.num_seeds)),
+        create_population(init, optimizer, init_keys, jit=jit_once),
         vmap_step(make_train_step(loss_fn, optimizer)),
         OnDevice(lambda step: jax.vmap(lambda key: draw(jax.random.fold_in(key, step)))(data_keys)),
         keys,

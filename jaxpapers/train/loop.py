@@ -127,9 +127,8 @@ def fit(
     if patience is not None and (minimize is None or patience < 1):
         raise ValueError(f"patience={patience} must be at least 1, and needs a metric to minimise, got {minimize!r}")
 
-    def is_over(step: int, best: Best | None) -> bool:
-        waited = best is not None and patience is not None and step - int(jnp.max(best.step)) >= patience
-        return step >= num_steps or waited
+    def waited_enough(step: int, best: Best | None) -> bool:
+        return best is not None and patience is not None and step - int(jnp.max(best.step)) >= patience
 
     shardings = None
     if mesh is not None:
@@ -139,10 +138,11 @@ def fit(
     if checkpoints and (restored := checkpoints.restore((state, best))):
         _, (state, best) = restored
     step = int(state.step)
+    ended = waited_enough(step, best)  # before it was resumed
     advancing = _advancing(train_step, batches, range(step, num_steps), shardings)
     with progress_bar(title, num_steps, step) as show, sigterm_noted() as stops_now, advancing as advance:
         unseen: list[tuple[range, Mapping[str, Any]]] = []  # watched values of the calls since the last look
-        while not is_over(step, best):
+        while step < num_steps and not ended:
             length = min(steps_per_call, num_steps - step)
             state, measured = advance(state, key, length)
             watched = {name: measured[name] for name in WATCHED if name in measured}
@@ -172,7 +172,8 @@ def fit(
                         )
                     best = _better(best, np.asarray(scores[minimize], np.float32), state)
                 stops = stops_now() or stops  # an evaluation may take minutes
-                saves = saves or (checkpoints is not None and (stops or is_over(step, best)))
+                ended = waited_enough(step, best)
+                saves = saves or (checkpoints is not None and (stops or ended))
             if checkpoints is not None and saves:
                 for part, tree in (("parameters are", state.params), ("optimizer's state is", state.opt_state)):
                     if not _sound(tree, key.ndim):
