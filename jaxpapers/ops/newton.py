@@ -28,6 +28,7 @@ autodiff (jvp) to a custom_vjp function"): another method has it.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -51,6 +52,7 @@ METHODS = ("auto", "sequential", "parallel", "chunked", "fused")
 KERNELS = ("diagonal", "block")  # structures of the fused method
 STATE_AXES = {"diagonal": 1, "block": 2, "dense": 1, "quasi": 1}
 FALLBACKS = (None, "sequential")
+LARGEST_JACOBIANS = 2**30  # numbers of all dense Jacobians, above which "auto" does without them
 
 
 class Solution(NamedTuple):
@@ -104,15 +106,18 @@ def solve_recurrence(
             1, k, or D products.
         guess: (time, *batch, *state) to start from, such as the solution of a neighbouring problem. None: f(0, x_t)
             (ParaRNN, Eq. A.1).
-        max_iterations: of Newton's method. Three are enough for ParaRNN's cells.
+        max_iterations: of Newton's method. Three are enough for ParaRNN's cells. This and the options down to
+            `fallback` are those of the iteration: sequential and fused states have none.
         tolerance: stop when the largest |residual| is at most this. With 0 here and below all `max_iterations` are
-            done, unless nothing is left or all is lost (a residual of 0 or NaN).
+            done, which is cheaper: residual and Jacobian come from one evaluation, and no condition waits for all
+            devices. A NaN stops nothing: where one sequence is lost, the others go on.
         relative_tolerance: stop, too, when it is at most this share of the guess's.
         damping: h <- h + damping * delta, in (0, 1].
-        trust: lambda >= 0 of a Levenberg-Marquardt term that holds the steps back where products of |J| > 1 would blow
-            them up: delta is the filtered mean of the model delta_t = J_t delta_{t-1} + r_t + noise of variance 1,
-            observed to be 0 with noise of variance 1 / lambda (ELK, arXiv 2407.19115). Diagonal and quasi only. The
-            solution stays what it was; more iterations are needed.
+        trust: lambda >= 0 of a Kalman filter that holds the steps back where products of |J| > 1 would blow them up:
+            delta is the filtered mean of the model delta_t = J_t delta_{t-1} + r_t + noise of variance 1, observed to
+            be 0 with noise of variance 1 / lambda. As in the code of ELK (arXiv 2407.19115), whose text derives a
+            smoother from Levenberg and Marquardt's term; the filter costs one pass, and the solution is the same.
+            Diagonal and quasi only; more iterations are needed.
         clip_iterates: clip iterates to +- this and set their NaNs to 0, as DEER's authors do (1e8), so that a product
             that has overflowed is not the end: states before it are exact, and those after it follow. 0: off.
         segment: solve as many steps at a time, one segment after the other, each from the last state of the one
@@ -124,10 +129,10 @@ def solve_recurrence(
             "block", inputs and closed-over arrays of floats that end in the channel axis (or scalars); computed in
             float32 at least; no iteration, and no forward-mode derivative as the first one (see the module). On CPU
             it is interpreted, for tests. "auto": sequential on CPU (the fastest at every point of `python -m
-            benchmarks recurrence`); on TPU the states are the kernel's where it applies and a mesh tells where the
-            batch lies, since the compiler cannot split a kernel, and their derivatives those of all other methods;
-            elsewhere chunked. By the bytes that it moves the kernel should be the choice on GPUs, too; that has not
-            been measured (on: nothing yet).
+            benchmarks recurrence`), and where dense Jacobians would fill the memory (2^30 numbers); on TPU the states
+            are the kernel's where it applies and a mesh tells where the batch lies, or there is one device alone, since
+            the compiler cannot split a kernel, and their derivatives those of all other methods; elsewhere chunked.
+            By the bytes that it moves the kernel should be the choice on GPUs, too; that has not been measured.
         mesh: its axis `seq` splits the time axis: xs (and guess) lie there so, h0 on every device. Where it does not,
             its axis `data` splits the first batch axis for the kernel.
 
@@ -142,6 +147,10 @@ def solve_recurrence(
     _check_options(structure, method, fallback, newton)
     xs, h0 = jax.tree.map(jnp.asarray, xs), jnp.asarray(h0)
     batch, state = _split_shape(h0, xs, structure)
+    length = jax.tree.leaves(xs)[0].shape[0]
+    if guess is not None and guess.shape != (length, *h0.shape):
+        expected = (length, *h0.shape)
+        raise ValueError(f"the guess has shape {guess.shape}, expected (time, *batch, *state) = {expected}")
     one = (
         jax.ShapeDtypeStruct(state, h0.dtype),
         jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1 + len(batch) :], x.dtype), xs),
@@ -186,7 +195,9 @@ def solve_recurrence(
             )
         method = "chunked" if method == "auto" else method  # one step after the other would leave devices idle
         solver = functools.partial(affine_scan_sharded, method=method, mesh=mesh)
-    elif mesh is not None and method == "auto" and structure in KERNELS:
+    elif method == "auto" and structure == "dense" and length * math.prod(h0.shape) * state[0] > LARGEST_JACOBIANS:
+        method = "sequential"
+    elif method == "auto" and structure in KERNELS and (mesh is not None or _alone_on_a_tpu()):
         state_axes = STATE_AXES[structure]
         if fusable(step, step_constants, xs, h0, state_axes=state_axes, mesh=mesh):
             cell = cell._replace(fused=step)
@@ -195,6 +206,10 @@ def solve_recurrence(
     if fused:
         return _fused(cell, newton, constants, xs, h0)
     return _solution(cell, newton, method, fallback, constants, xs, h0, guess)
+
+
+def _alone_on_a_tpu() -> bool:
+    return jax.default_backend() == "tpu" and jax.device_count() == 1
 
 
 class _Cell(NamedTuple):
@@ -357,7 +372,7 @@ def _iterate(cell: _Cell, newton: _Newton, constants: tuple, xs: PyTree, h0: Arr
 
     count = length // newton.segment
     whole = count * newton.segment
-    inputs = (xs, None if guess is None else jnp.broadcast_to(guess, (length, *h0.shape)))
+    inputs = (xs, guess)
     split = jax.tree.map(lambda x: x[:whole].reshape(count, newton.segment, *x.shape[1:]), inputs)
     last, found = lax.scan(solve, h0, split)
     states, residuals, iterations, converged = found._replace(states=found.states.reshape(whole, *h0.shape))
@@ -384,18 +399,26 @@ def _iterate_together(
     def goal(sizes: Array) -> Array:
         return jnp.maximum(newton.tolerance, newton.relative_tolerance * sizes[0])
 
-    def unfinished(loop: tuple) -> Array:
-        iteration, _, r, sizes = loop
-        return (iteration < newton.max_iterations) & (size(r) > goal(sizes))  # NaN compares as False: it stops
-
-    def body(loop: tuple) -> tuple:
-        iteration, h, r, sizes = loop
+    def improved(h: Array, r: Array) -> Array:
         J = cell.jacobian(_previous(h, h0), xs, constants[1])
         if newton.trust:
             J, r = _held_back(J, r, newton.trust)
         h = h + newton.damping * newton.scan(J, r, None, structure=cell.structure)
         if newton.clip_iterates:
             h = jnp.where(jnp.isnan(h), 0.0, jnp.clip(h, -newton.clip_iterates, newton.clip_iterates))
+        return h
+
+    def iterate(h: Array, _: None) -> tuple[Array, Array]:
+        r = residual(h)
+        return improved(h, r), size(r)
+
+    def unfinished(loop: tuple) -> Array:
+        iteration, _, r, sizes = loop
+        return (iteration < newton.max_iterations) & ~(size(r) <= goal(sizes))  # so that a NaN does not stop it
+
+    def iterate_once_more(loop: tuple) -> tuple:
+        iteration, h, r, sizes = loop
+        h = improved(h, r)
         r = residual(h)
         return iteration + 1, h, r, sizes.at[iteration + 1].set(size(r))
 
@@ -403,14 +426,19 @@ def _iterate_together(
     if guess is None:
         guess = cell.step(jnp.zeros((steps, *h0.shape), h0.dtype), xs, constants[0])
     start = jnp.broadcast_to(guess, (steps, *h0.shape)).astype(h0.dtype)
-    r = residual(start)
-    sizes = jnp.full(newton.max_iterations + 1, jnp.nan, jnp.float32).at[0].set(size(r))
-    iterations, h, r, sizes = lax.while_loop(unfinished, body, (jnp.zeros((), jnp.int32), start, r, sizes))
-    last = size(r)
     if newton.tolerance or newton.relative_tolerance:
+        r = residual(start)
+        sizes = jnp.full(newton.max_iterations + 1, jnp.nan, jnp.float32).at[0].set(size(r))
+        loop = (jnp.zeros((), jnp.int32), start, r, sizes)
+        iterations, h, r, sizes = lax.while_loop(unfinished, iterate_once_more, loop)
         enough = goal(sizes)
     else:
+        iterations = jnp.asarray(newton.max_iterations, jnp.int32)
+        h, sizes = lax.scan(iterate, start, length=newton.max_iterations)
+        r = residual(h)
+        sizes = jnp.append(sizes, size(r))
         enough = float(jnp.finfo(h.dtype).eps) ** 0.5 * jnp.maximum(1, size(h))
+    last = size(r)
     return Solution(h, sizes, iterations, jnp.isfinite(last) & (last <= enough))
 
 
@@ -565,9 +593,10 @@ def _split_shape(h0: AnyArray, xs: PyTree, structure: str) -> tuple[tuple[int, .
     batch, state = h0.shape[: h0.ndim - axes], h0.shape[h0.ndim - axes :]
     lengths = {leaf.shape[0] for leaf in leaves if leaf.ndim}
     fits = all(leaf.shape[1 : 1 + len(batch)] == batch for leaf in leaves)
-    if len(state) != axes or len(lengths) != 1 or not fits or not jnp.issubdtype(h0.dtype, jnp.floating):
+    fits &= len(lengths) == 1 and lengths != {0}
+    if len(state) != axes or not fits or not jnp.issubdtype(h0.dtype, jnp.floating):
         raise ValueError(
-            f"xs {[leaf.shape for leaf in leaves]} must be (time, *batch, ...) with one length, and h0 {h0.shape} of "
-            f"{h0.dtype} floats (*batch, *state), with {axes} state axes for {structure!r}"
+            f"xs {[leaf.shape for leaf in leaves]} must be (time, *batch, ...) with one length above 0, and h0 "
+            f"{h0.shape} of {h0.dtype} floats (*batch, *state), with {axes} state axes for {structure!r}"
         )
     return batch, state

@@ -181,6 +181,17 @@ def test_divergence_is_reported_and_the_loop_falls_in_on_request():
     assert not bool(jax.jit(lambda xs: solve_recurrence(explosive, xs, jnp.zeros(2), **options))(xs).converged)
 
 
+def test_a_lost_sequence_leaves_the_others_alone():
+    params, xs, h0 = problem("diagonal")
+    xs = np.asarray(xs, np.float32)
+    xs[5, 0, 1] = np.nan
+    options = {"method": "parallel", "max_iterations": LENGTH, "tolerance": 1e-6}
+    found = solve("diagonal", np.float32(params), jnp.asarray(xs), jnp.asarray(h0, jnp.float32), **options)
+    assert not bool(found.converged)
+    expected = one_by_one("diagonal", np.float32(params), jnp.asarray(xs), jnp.asarray(h0, jnp.float32))
+    np.testing.assert_allclose(found.states[:, 1], expected[:, 1], atol=1e-6)  # float32
+
+
 def test_gradients_through_the_fallback_are_those_of_the_loop():
     params, xs, h0 = problem("dense", scale=1.5)
     with jax.enable_x64(True):
@@ -380,6 +391,15 @@ def test_gradients_are_finite_differences(structure):
     np.testing.assert_allclose(slope, (ahead - behind) / 2e-5, rtol=1e-7)  # the third derivative times 1e-10
 
 
+def test_auto_does_without_dense_jacobians_that_would_fill_the_memory():
+    def jaxpr(length):
+        shapes = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((128, 128), (length, 64, 128), (64, 128)))
+        return str(jax.make_jaxpr(partial(solve, "dense"))(*shapes))
+
+    assert "f32[1024,64,128,128]" in jaxpr(1024)
+    assert "f32[1025,64,128,128]" not in jaxpr(1025)  # 4 GiB and more
+
+
 def test_jit_vmap_and_trees_of_inputs():
     params, xs, h0 = problem("dense")
     stacked = np.stack([params, 0.5 * params])
@@ -436,6 +456,8 @@ def test_a_wrong_jacobian_is_seen_by_the_check():
         ({"structure": "dense", "trust": 1.0}, "trust needs a diagonal or quasi structure, got 'dense'"),
         ({"h0": np.zeros((3, WIDTH), np.float32)}, r"\(time, \*batch, \.\.\.\)"),
         ({"h0": np.zeros((BATCH, WIDTH), int)}, "int32 floats"),
+        ({"xs": np.zeros((0, BATCH, WIDTH), np.float32)}, "one length above 0"),
+        ({"guess": np.zeros(WIDTH, np.float32)}, r"the guess has shape \(4,\), expected .* \(24, 2, 4\)"),
         ({"f": lambda h, x: h[:2]}, r"f maps a state \(4,\) of float32 to \(2,\)"),
         ({"method": "fused", "structure": "dense"}, "method 'fused' takes the structures .*, got 'dense'"),
         ({"method": "fused", "mesh": Mesh(np.array(jax.devices()), "seq")}, "must not split `seq`"),
