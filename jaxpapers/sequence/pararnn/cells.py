@@ -142,10 +142,7 @@ def gru_cell(
     Raises:
         ValueError: an unknown nonlinearity.
     """
-    z = _function(gates[0])(A[0] * h + g[..., 0, :])
-    r = _function(gates[1])(A[1] * h + g[..., 1, :])
-    c = _function(gates[2])(A[2] * (h * r) + g[..., 2, :])
-    return (1 - z) * h + z * c
+    return _gru_cell(h, _rows(g), A, gates)
 
 
 def gru_jacobian(
@@ -160,10 +157,7 @@ def gru_jacobian(
 
     Args and errors as for `gru_cell`.
     """
-    z, dz = _with_slope(gates[0], A[0] * h + g[..., 0, :])
-    r, dr = _with_slope(gates[1], A[1] * h + g[..., 1, :])
-    c, dc = _with_slope(gates[2], A[2] * (h * r) + g[..., 2, :])
-    return (1 - z) + (c - h) * dz * A[0] + z * dc * A[2] * (r + h * dr * A[1])
+    return _gru_jacobian(h, _rows(g), A, gates)
 
 
 def lstm_cell(
@@ -188,12 +182,7 @@ def lstm_cell(
     Raises:
         ValueError: an unknown nonlinearity.
     """
-    c, h = state[..., 0, :], state[..., 1, :]
-    f = _function(gates[0])(A[0] * h + C[0] * c + g[..., 0, :])
-    u = _function(gates[2])(A[2] * h + g[..., 2, :])
-    new_c = f * c + (1 - f) * u
-    o = _function(gates[1])(A[1] * h + C[1] * new_c + g[..., 1, :])
-    return jnp.stack([new_c, o * _function(gates[3])(new_c)], axis=-2)
+    return _lstm_cell(state, _rows(g), A, C, gates)
 
 
 def lstm_jacobian(
@@ -210,7 +199,7 @@ def lstm_jacobian(
 
     Args and errors as for `lstm_cell`.
     """
-    return _lstm_jacobian(state, None, g, A, C, gates)
+    return _lstm_jacobian(state, _rows(g), A, C, gates)
 
 
 def lstm_jacobian_reference(
@@ -236,18 +225,53 @@ def lstm_jacobian_reference(
     Raises:
         ValueError: an unknown nonlinearity.
     """
-    return _lstm_jacobian(state, current[..., 0, :], g, A, C, gates)
+    return _lstm_jacobian(state, _rows(g), A, C, gates, current[..., 0, :])
+
+
+# The same, of pre-activations row by row: as one array, XLA's loops on CPU would not be vectorised, six times slower.
+
+
+def _rows(g: AnyArray) -> tuple[Array, ...]:
+    return tuple(row[..., 0, :] for row in jnp.split(jnp.asarray(g), g.shape[-2], axis=-2))
+
+
+def _gru_cell(h: AnyArray, g: tuple[Array, ...], A: AnyArray, gates: tuple[str, ...]) -> Array:
+    z = _function(gates[0])(A[0] * h + g[0])
+    r = _function(gates[1])(A[1] * h + g[1])
+    c = _function(gates[2])(A[2] * (h * r) + g[2])
+    return (1 - z) * h + z * c
+
+
+def _gru_jacobian(h: AnyArray, g: tuple[Array, ...], A: AnyArray, gates: tuple[str, ...]) -> Array:
+    z, dz = _with_slope(gates[0], A[0] * h + g[0])
+    r, dr = _with_slope(gates[1], A[1] * h + g[1])
+    c, dc = _with_slope(gates[2], A[2] * (h * r) + g[2])
+    return (1 - z) + (c - h) * dz * A[0] + z * dc * A[2] * (r + h * dr * A[1])
+
+
+def _lstm_cell(state: AnyArray, g: tuple[Array, ...], A: AnyArray, C: AnyArray, gates: tuple[str, ...]) -> Array:
+    c, h = state[..., 0, :], state[..., 1, :]
+    f = _function(gates[0])(A[0] * h + C[0] * c + g[0])
+    u = _function(gates[2])(A[2] * h + g[2])
+    new_c = f * c + (1 - f) * u
+    o = _function(gates[1])(A[1] * h + C[1] * new_c + g[1])
+    return jnp.stack([new_c, o * _function(gates[3])(new_c)], axis=-2)
 
 
 def _lstm_jacobian(
-    state: AnyArray, new_c: AnyArray | None, g: AnyArray, A: AnyArray, C: AnyArray, gates: tuple[str, str, str, str]
+    state: AnyArray,
+    g: tuple[Array, ...],
+    A: AnyArray,
+    C: AnyArray,
+    gates: tuple[str, ...],
+    new_c: AnyArray | None = None,
 ) -> Array:
     c, h = state[..., 0, :], state[..., 1, :]
-    f, df = _with_slope(gates[0], A[0] * h + C[0] * c + g[..., 0, :])
-    u, du = _with_slope(gates[2], A[2] * h + g[..., 2, :])
+    f, df = _with_slope(gates[0], A[0] * h + C[0] * c + g[0])
+    u, du = _with_slope(gates[2], A[2] * h + g[2])
     if new_c is None:
         new_c = f * c + (1 - f) * u
-    o, do = _with_slope(gates[1], A[1] * h + C[1] * new_c + g[..., 1, :])
+    o, do = _with_slope(gates[1], A[1] * h + C[1] * new_c + g[1])
     t, dt = _with_slope(gates[3], new_c)
     J_cc = f + (c - u) * df * C[0]
     J_ch = (c - u) * df * A[0] + (1 - f) * du * A[2]
@@ -295,13 +319,13 @@ def solve(
     start = jnp.zeros(shape, dtype) if state is None else jnp.asarray(state, dtype)
     if isinstance(params, LSTMParams):
         constants: dict[str, Any] = {"A": A, "C": jnp.asarray(params.C, dtype), "gates": names}
-        step, jacobian = functools.partial(lstm_cell, **constants), functools.partial(lstm_jacobian, **constants)
+        step, jacobian = functools.partial(_lstm_cell, **constants), functools.partial(_lstm_jacobian, **constants)
     else:
         constants = {"A": A, "gates": names}
-        step, jacobian = functools.partial(gru_cell, **constants), functools.partial(gru_jacobian, **constants)
+        step, jacobian = functools.partial(_gru_cell, **constants), functools.partial(_gru_jacobian, **constants)
     structure = "block" if lstm else "diagonal"
-    g = jnp.asarray(g, dtype)
-    return solve_recurrence(step, g, start, structure=structure, jacobian=jacobian, **solver._asdict())
+    rows = _rows(jnp.asarray(g, dtype))
+    return solve_recurrence(step, rows, start, structure=structure, jacobian=jacobian, **solver._asdict())
 
 
 class Initialisers(NamedTuple):
