@@ -203,20 +203,34 @@ from jax.sharding import SingleDeviceSharding
 from experiments.plan import topology_devices
 from test_fused import CELLS, abstract, programs
 found = {}
-for topology in ("v5e:2x2", "v5p:2x2x1"):
+for topology, shape in CASES:
     place = SingleDeviceSharding(topology_devices(topology)[0][0])
     for cell in CELLS:
         for name, program in zip(("forward", "backward"), programs(cell)):
-            arguments = abstract(cell, 70, 3, 130, sharding=place)
+            arguments = abstract(cell, *shape, sharding=place)
             text = program.lower(*arguments).compile().as_text()
-            found[f"{topology} {cell} {name}"] = text.count('custom_call_target="tpu_custom_call"')
+            found[f"{topology} {shape} {cell} {name}"] = text.count('custom_call_target="tpu_custom_call"')
 print(json.dumps(found))
 """
 
 
+def kernels_compiled_for(*cases):
+    done = run_program(TPU_PROGRAM.replace("CASES", repr(cases)), Path(__file__).parent)
+    found = json.loads(done.stdout)
+    assert len(found) == len(cases) * 2 * len(CELLS)
+    return found
+
+
 @needs_libtpu
 def test_the_kernels_compile_for_tpus_ahead_of_time():
-    done = run_program(TPU_PROGRAM, Path(__file__).parent)
-    found = json.loads(done.stdout)
-    assert len(found) == 2 * 2 * len(CELLS)
+    found = kernels_compiled_for(("v5e:2x2", (70, 3, 130)), ("v5p:2x2x1", (70, 3, 130)))
+    assert set(found.values()) == {1}, found
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_the_kernels_compile_for_the_shapes_of_use():
+    # Time, sequences, channels: the language models' on a chip, one sequence alone, channels that fold into rows.
+    shapes = ((2048, 4, 1024), (2048, 8, 4096), (8192, 1, 2560), (1000, 64, 64), (301, 24, 16))
+    found = kernels_compiled_for(*(("v5e:2x2", shape) for shape in shapes))
     assert set(found.values()) == {1}, found

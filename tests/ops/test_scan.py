@@ -3,6 +3,7 @@
 import itertools
 import re
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxpapers.ops.scan import affine_scan, affine_scan_sharded, combine
 
+GOLDEN = dict(np.load(Path(__file__).parents[1] / "golden" / "pararnn" / "reduction.npz"))
 STRUCTURES = ("diagonal", "block", "dense")
 METHODS = ("sequential", "parallel", "chunked", "auto")
 STATE = {"diagonal": (6,), "block": (2, 3), "dense": (4,)}
@@ -43,6 +45,19 @@ def loop(A, b, h, structure, reverse=False):
         product = np.einsum(COMPOSE[structure], A[t], np.broadcast_to(product, A[t].shape))
         states[t], products[t] = h, product
     return states, products
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("method", ["parallel", "chunked"])
+def test_the_golden_reductions_of_the_authors_cuda_kernels(structure, method):
+    name = {"diagonal": "diag", "block": "block2", "dense": "dense"}[structure]
+    A, b, expected = (np.moveaxis(GOLDEN[f"{name}_{part}"], 0, 1) for part in ("J", "r", "sol"))
+    if structure == "block":  # (..., out x channel, in) there
+        A = np.moveaxis(A.reshape(*A.shape[:2], 2, 5, 2), -1, -2)
+        b, expected = (part.reshape(*part.shape[:2], 2, 5) for part in (b, expected))
+    with jax.enable_x64(True):
+        states = affine_scan(np.float64(A), np.float64(b), structure=structure, method=method)
+    np.testing.assert_allclose(states, expected, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
