@@ -234,7 +234,13 @@ class Setup(NamedTuple):
     measures: Callable[[np.ndarray, Array], dict[str, Array]]
 
 
-def set_up(series: np.ndarray, recipe: ConfigDict, config: ConfigDict, population: Population) -> Setup:
+def set_up(
+    series: np.ndarray,
+    recipe: ConfigDict,
+    config: ConfigDict,
+    population: Population,
+    jit: Callable[..., Callable] = jax.jit,
+) -> Setup:
     """Loss, optimizer, batches and measures of a population on one series."""
     dim = series.shape[1]
     leaky = population.lambda_lin is not None
@@ -282,7 +288,7 @@ def set_up(series: np.ndarray, recipe: ConfigDict, config: ConfigDict, populatio
     seeds = jax.random.split(jax.random.key(config.seed + 1), config.num_seeds)[population.seed]
     init_keys, window_keys, noise_keys = jnp.moveaxis(jax.vmap(lambda seed: jax.random.split(seed, 3))(seeds), 1, 0)
     return Setup(
-        state=create_population(init, optimizer, init_keys, extra),
+        state=create_population(init, optimizer, init_keys, extra, jit),
         train_step=vmap_step(make_train_step(loss_fn, optimizer)),
         batches=OnDevice(lambda step: jax.vmap(windows, (0, None))(window_keys, step)),
         keys=noise_keys,

@@ -41,6 +41,7 @@ from jaxpapers.train import (
     TrainState,
     TrainStep,
     create_population,
+    jit_once,
     make_optimizer,
     make_schedule,
     make_train_step,
@@ -169,15 +170,17 @@ def losses_of(name: str, autoencoder: bool, config: ConfigDict) -> tuple[str, ..
     return tuple(variant for variant in variants if (variant == AUTOENCODER) == autoencoder)
 
 
-def first_params(name: str, config: ConfigDict) -> Any:
+def first_params(name: str, config: ConfigDict, jit: Callable[..., Callable] = jit_once) -> Any:
     """Parameters before the first update, a row a seed; all variants start from them."""
     model, system = control_model(name, config), SYSTEMS[name]
     pixels = jnp.zeros((1, system.frames * system.size**2))
     keys = jax.random.split(jax.random.key(config.seed), config.control.systems[name].num_seeds)
-    return run_once(jax.vmap(lambda key: model.init(key, pixels)["params"]), keys)
+    return jit(jax.vmap(lambda key: model.init(key, pixels)["params"]))(keys)
 
 
-def set_up_control(name: str, autoencoder: bool, params: Any, config: ConfigDict) -> ControlSetup:
+def set_up_control(
+    name: str, autoencoder: bool, params: Any, config: ConfigDict, jit: Callable[..., Callable] = jax.jit
+) -> ControlSetup:
     """Model, loss and batches of the autoencoder, or of all variants of the variational loss, on a system."""
     recipe, system, model = config.control.systems[name], SYSTEMS[name], control_model(name, config)
     variants, seeds = losses_of(name, autoencoder, config), config.control.systems[name].num_seeds
@@ -222,7 +225,7 @@ def set_up_control(name: str, autoencoder: bool, params: Any, config: ConfigDict
     rows = jnp.concatenate([jnp.arange(seeds)] * len(variants))
     return ControlSetup(
         variants,
-        create_population(lambda row: member(params, row), optimizer, rows, weights),
+        create_population(lambda row: member(params, row), optimizer, rows, weights, jit),
         vmap_step(make_train_step(autoencoder_loss if autoencoder else loss, optimizer)),
         OnDevice(batch_at),
         jnp.concatenate([keys] * len(variants)),

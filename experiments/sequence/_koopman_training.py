@@ -273,6 +273,7 @@ def population(
     config: ConfigDict,
     variants: int = 1,
     extra: Any = None,
+    jit: Callable[..., Callable] = jit_once,
 ) -> Population:
     """State, update and batches of small networks on a system; all populations of a seed see the same windows."""
     recipe = config[name]
@@ -284,20 +285,22 @@ def population(
         return draw_windows(jax.random.fold_in(key, step), trajectories, recipe.batch_size, recipe.window)
 
     return Population(
-        create_population(init, optimizer, init_keys, extra, jit=jit_once),
+        create_population(init, optimizer, init_keys, extra, jit),
         vmap_step(make_train_step(loss_fn, optimizer)),
         OnDevice(lambda step: jax.vmap(windows, (0, None))(data_keys, step)),
         keys,
     )
 
 
-def set_up_population(name: str, trajectories: np.ndarray, config: ConfigDict) -> Population:
+def set_up_population(
+    name: str, trajectories: np.ndarray, config: ConfigDict, jit: Callable[..., Callable] = jit_once
+) -> Population:
     """The population of a stage."""
     stage = config.stages[name]
     alphas, gammas = np.repeat(np.float32(weights_of(name, config)), config[stage.data].num_seeds, axis=0).T
     weights = {"alpha": alphas, "gamma": gammas}
     parts = initialiser(name, config), loss_of(name, config)
-    return population(stage.data, trajectories, *parts, config, len(stage.variants), weights)
+    return population(stage.data, trajectories, *parts, config, len(stage.variants), weights, jit)
 
 
 def fit_population(name: str, setup: Population, updates: int, config: ConfigDict, run: Run) -> Any:

@@ -4,6 +4,7 @@ A part of `koopman`. It has their widths, windows, updates and seeds; the likeli
 setting of its own.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -17,7 +18,7 @@ from experiments.harness import Run
 from experiments.sequence._koopman_forecast import Forecaster, Score, score
 from experiments.sequence._koopman_training import Data, Population, fit_population, networks, population, state_shape
 from jaxpapers.sequence.koopman import MLP, LatentVAE, forecast, gaussian_log_likelihood, variational_loss
-from jaxpapers.train import member
+from jaxpapers.train import jit_once, member
 
 
 def latent_vae(system: str, config: ConfigDict) -> LatentVAE:
@@ -27,7 +28,9 @@ def latent_vae(system: str, config: ConfigDict) -> LatentVAE:
     return LatentVAE(*networks(system, 2 * recipe.latent_dim, config), recipe.latent_dim, dynamics=dynamics)
 
 
-def set_up_vae(system: str, trajectories: np.ndarray, config: ConfigDict) -> Population:
+def set_up_vae(
+    system: str, trajectories: np.ndarray, config: ConfigDict, jit: Callable[..., Callable] = jit_once
+) -> Population:
     """State, update and batches of all seeds; their windows are those of the autoencoders."""
     model = latent_vae(system, config)
     log_likelihood = partial(gaussian_log_likelihood, scale=config.vae.deviation)
@@ -40,7 +43,7 @@ def set_up_vae(system: str, trajectories: np.ndarray, config: ConfigDict) -> Pop
         loss, terms = variational_loss(key, x, model, params, **options)
         return loss, (extra, terms)
 
-    return population(system, trajectories, init, loss_fn, config)
+    return population(system, trajectories, init, loss_fn, config, jit=jit)
 
 
 def score_vae(system: str, data: Data, config: ConfigDict, run: Run) -> list[Score]:

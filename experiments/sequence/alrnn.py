@@ -61,7 +61,7 @@ from experiments.sequence._alrnn_study import (
     study_slopes,
 )
 from jaxpapers.data.download import DataNotFound
-from jaxpapers.train import abstract, json_value, member, state_shardings, update_program
+from jaxpapers.train import abstract, abstractly, json_value, member, state_shardings, update_program
 
 PAPER = Paper(
     title="Almost-Linear RNNs Yield Highly Interpretable Symbolic Codes in Dynamical Systems Reconstruction",
@@ -147,7 +147,8 @@ def programs(config: ConfigDict, mesh: Mesh) -> dict[str, tuple[Callable, tuple]
         if name == "lorenz63":
             populations["lorenz63_slopes"] = slope_sweep(recipe, config.slope_penalties, config.num_seeds, dim=3)
         for stage, population in populations.items():
-            setup = set_up(series, recipe, config, padded(population, config.get("pad_models", 1), mesh))
+            models_of = padded(population, config.get("pad_models", 1), mesh)
+            setup = set_up(series, recipe, config, models_of, abstractly)
             shardings = state_shardings(setup.state, mesh, POPULATION_RULES)
             state, keys, data = (
                 abstract(setup.state, shardings),

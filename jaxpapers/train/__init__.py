@@ -20,6 +20,7 @@ from jaxpapers.train.checkpoint import CheckpointMismatch, Checkpoints, nbytes
 from jaxpapers.train.files import write_whole
 from jaxpapers.train.loop import Best, Fitted, NonFiniteLoss, OnDevice, fit, update_program
 from jaxpapers.train.mesh import (
+    Rules,
     abstract,
     batch_part,
     fsdp,
@@ -34,7 +35,7 @@ from jaxpapers.train.mesh import (
 )
 from jaxpapers.train.metrics import MetricsWriter, json_value, read_metrics
 from jaxpapers.train.optimizers import averaged_params, make_optimizer, make_schedule
-from jaxpapers.train.state import TrainState, create_population, create_state, jit_once, member, run_once
+from jaxpapers.train.state import TrainState, abstractly, create_population, create_state, jit_once, member, run_once
 from jaxpapers.train.step import LossFn, TrainStep, make_train_step, scan_steps, vmap_step
 from jaxpapers.train.stopping import Terminated, sigterm_noted, sigterm_raises
 
@@ -47,10 +48,12 @@ __all__ = [
     "MetricsWriter",
     "NonFiniteLoss",
     "OnDevice",
+    "Rules",
     "Terminated",
     "TrainState",
     "TrainStep",
     "abstract",
+    "abstractly",
     "averaged_params",
     "batch_part",
     "create_population",

@@ -1,6 +1,7 @@
 """What a training run carries from step to step."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -36,6 +37,11 @@ def jit_once(function: Callable[..., PyTree], **options: Any) -> Callable[..., P
     return jax.jit(function, compiler_options=quick, **options)
 
 
+def abstractly(function: Callable[..., PyTree], **_: Any) -> Callable[..., PyTree]:
+    """In the place of `jax.jit`, for plans: shapes and dtypes of the result, with nothing compiled or computed."""
+    return partial(jax.eval_shape, function)
+
+
 def run_once(function: Callable[..., PyTree], *args: Any) -> PyTree:
     """`function(*args)` by `jit_once`: for initialisations."""
     return jit_once(function)(*args)
@@ -61,7 +67,7 @@ def create_population(
       keys: typed PRNG keys of shape (models,). Equal keys give equal initial parameters, so that rivals can
         start from the same seed.
       extra: None, or a pytree whose leaves have the leading axis `models`.
-      jit: compiles the initialisation; `jit_once` is quicker on a CPU, and rounds differently.
+      jit: how the state is computed: `jax.jit`; `jit_once`, quicker on a CPU, which rounds differently; `abstractly`.
 
     Raises:
       ValueError: a leaf of `extra` has another leading axis.
@@ -71,8 +77,12 @@ def create_population(
             raise ValueError(
                 f"extra has a leaf of shape {leaf.shape}; expected ({keys.shape[0]}, ...), one row a model"
             )
-    params = jit(jax.vmap(init))(keys)  # jitted: op by op, an initialisation compiles dozens of small programs
-    return TrainState(jnp.zeros((), jnp.int32), params, jax.vmap(optimizer.init)(params), extra)
+
+    def create(keys: Array, extra: PyTree) -> TrainState:
+        params = jax.vmap(init)(keys)
+        return TrainState(jnp.zeros((), jnp.int32), params, jax.vmap(optimizer.init)(params), extra)
+
+    return jit(create)(keys, extra)  # jitted: op by op, an initialisation compiles dozens of small programs
 
 
 def member(tree: PyTree, index: Any) -> PyTree:
