@@ -38,7 +38,7 @@ def draw_residuals(metrics: Metrics, config: ConfigDict) -> Figure:
 
 def draw_clip(metrics: Metrics, config: ConfigDict) -> Figure:
     """Iterations until the residual is below 1e-5, against the size of a and c; crosses were not enough."""
-    figure, axes = figures.panels(2, sharey=True)
+    figure, axes = figures.panels(2)
     for ax, cell in zip(axes, CELLS, strict=True):
         found = {f"{a:g}": metrics[f"clip/{cell}/{a:g}"] for a in config.clip.amplitudes}
         values = {name: np.where(np.isfinite(row), row, np.nan) for name, row in found.items()}

@@ -32,7 +32,7 @@ def draw(key: Array, cell: str, width: int, length: int, batch_size: int) -> tup
     return params, preactivations(x, params.B, params.b)
 
 
-@partial(jit_once, static_argnums=2)
+@partial(jax.jit, static_argnums=2)
 def residuals(params: GRUParams | LSTMParams, g: Array, iterations: int) -> Array:
     """(iterations + 1,) largest residual of the guess and after each Newton iteration."""
     return solve(params, g, solver=Solver(method="chunked", max_iterations=iterations)).residuals

@@ -5,13 +5,14 @@ the state matrices (App. C.1), the time against the length (Figs. 1, 2, 5), the 
 (Table 6) and the language models on one corpus (Table 5, at a millionth of its tokens): ParaGRU, ParaLSTM, a selective
 linear RNN, a Mamba2-like mixer and a Transformer, all with the same batches and updates.
 
-`small` takes 14 minutes on 2 CPU cores; it trains on Tiny Shakespeare, character by character, 400 updates. What it
-does not show: the perplexities of Table 5, which want SlimPajama and 10 billion tokens, and the speed of Fig. 1,
-which wants an accelerator: on a CPU `depth` is not run, its times are reported alone. k-hop (k = 1) is shorter (32
-steps, one seed) and gets 400 updates of the paper's two million, at a higher rate: it is reported, not claimed; k =
-2, MQAR and Keep-nth are in `paper`. Away from accelerators recurrences are trained by the sequential route
-(`method="auto"`), whose states are exact; what three Newton iterations would have left is measured at the end. Models
-are scored by their states computed one by one.
+`small` takes 14 minutes on 2 CPU cores; it trains on Tiny Shakespeare, character by character, 300 updates (of 800, for
+time: the Transformer is then far from what it would become). `clip` has the batch of `newton3`, 8, and a run has
+converged when all its sequences have: of sequences alone those with amplitude 3 all converge, in 8 to 17 iterations.
+What it does not show: the perplexities of Table 5, which want SlimPajama and 10 billion tokens, and the speed of
+Fig. 1, which wants an accelerator: on a CPU `depth` is not run, its times are reported alone. k-hop, MQAR and Keep-nth,
+which the paper gives two million updates, are in `paper`. Away from accelerators recurrences are trained by the
+sequential route (`method="auto"`), whose states are exact; what three Newton iterations would have left is measured at
+the end. Models are scored by their states computed one by one.
 
 `paper` is a row of Tables 3 and 4 (`lm.size`), for `plan`: parameters are sharded over `data` (fsdp), sequences over
 `seq` where the mesh has it. SlimPajama has no reader here yet: `run` takes Tiny Shakespeare in this preset, too.
@@ -55,7 +56,7 @@ from jaxpapers.data.download import DataNotFound
 from jaxpapers.data.text import TEXTS, Corpus
 from jaxpapers.ops.newton import METHODS
 from jaxpapers.sequence.pararnn import MIXERS, SIZES, VOCABULARY
-from jaxpapers.train import abstract, fsdp, state_shardings, update_program
+from jaxpapers.train import abstract, abstractly, state_shardings, update_program
 
 PAPER = Paper(
     title="ParaRNN: Unlocking Parallel Training of Nonlinear RNNs for Large Language Models",
@@ -107,10 +108,7 @@ def get_config(preset: str = "small") -> ConfigDict:
             "iterations": 20,
         },
         "speed": {"width": 64, "batch_size": 1, "lengths": (128, 512, 8192), "repeats": 20},
-        "tasks": {
-            "parity": task | parity,
-            "k_hop_1": task | {"vocab": 10},
-        },
+        "tasks": {"parity": task | parity},
         "lm": {
             "text": "tinyshakespeare",
             "encoding": "characters",
@@ -120,9 +118,9 @@ def get_config(preset: str = "small") -> ConfigDict:
             "num_heads": 4,
             "length": 128,
             "batch_size": 16,
-            "updates": 400,
+            "updates": 300,
             "updates_per_call": 20,
-            "evaluate_every": 200,
+            "evaluate_every": 100,
             "test_windows": 64,
             "rate": 3e-3,
             "warmup": 0.1,
@@ -143,20 +141,18 @@ def get_config(preset: str = "small") -> ConfigDict:
             config["newton"] |= {"widths": (16,), "lengths": (64,), "batch_size": 2}
             config["clip"] |= {"width": 8, "length": 32, "batch_size": 2, "amplitudes": (0.5, 4.0)}
             config["speed"] |= {"width": 16, "lengths": (64,), "repeats": 2}
-            tiny = {"num_seeds": 1, "length": 12, "updates": 10, "test_samples": 20}
-            config["tasks"] = {  # every mixer compiles somewhere
-                "parity": task | parity | tiny | {"mixers": ("gru", "linear")},
-                "mqar": task | tiny | {"mixers": ("lstm", "attention")},
-            }
+            tiny = {"num_seeds": 1, "length": 12, "updates": 10, "test_samples": 20, "mixers": ("gru", "attention")}
+            config["tasks"] = {"parity": task | parity | tiny}
             config["lm"] |= {"width": 16, "num_layers": 1, "length": 16, "batch_size": 4, "updates": 10}
             config["lm"] |= {"updates_per_call": 5, "evaluate_every": 5, "test_windows": 4, "text": OWN_SOURCE}
-            config["lm"] |= {"mixers": ("gru", "mamba2")}
+            config["lm"] |= {"mixers": ("lstm", "mamba2")}
         case "small":
             pass  # the settings above
         case "paper":
             # 3000 epochs of 10,000
             paper = {"num_seeds": 3, "updates": 1_875_000, "test_samples": 100_000, "rate": 5e-4, "length": 100}
-            config["tasks"] |= {"k_hop_2": task | {"vocab": 5}, "mqar": task}
+            config["tasks"] |= {f"k_hop_{hops}": task | {"vocab": vocab} for hops, vocab in ((1, 10), (2, 5))}
+            config["tasks"] |= {"mqar": task}
             config["tasks"] |= {"keep_nth": task | {"bare": True, "positions": True}}
             config["tasks"] = {name: recipe | paper for name, recipe in config["tasks"].items()}
             config["speed"] |= {"lengths": tuple(2**power for power in range(2, 18)), "repeats": 100}
@@ -207,14 +203,13 @@ def programs(config: ConfigDict, mesh: Mesh) -> dict[str, tuple[Callable, tuple]
     if not config.lm.size:  # the tasks are a matter of one device
         for name in config.tasks:
             for mixer in config.tasks[name].mixers:
-                setup = set_up_task(name, mixer, config)
+                setup = set_up_task(name, mixer, config, abstractly)
                 updates = update_program(setup.train_step, setup.batches, config.updates_per_call)
                 jitted[f"tasks/{name}/{mixer}"] = (updates, (abstract(setup.state, whole), abstract(setup.keys, whole)))
     vocab_size = VOCABULARY if config.lm.size else CHARACTERS
     for mixer in config.lm.mixers:
-        setup_lm = set_up_lm(mixer, vocab_size, config, mesh if mesh.size > 1 else None, abstract=True)
-        rules = fsdp(setup_lm.state.params, mesh)
-        shardings = state_shardings(setup_lm.state, mesh, rules)
+        setup_lm = set_up_lm(mixer, vocab_size, config, mesh if mesh.size > 1 else None, abstractly)
+        shardings = state_shardings(setup_lm.state, mesh, setup_lm.rules)
         state = abstract(setup_lm.state, shardings)
         shape = (lm_recipe(mixer, config).batch_size, config.lm.length + 1)
         batch = jax.ShapeDtypeStruct(shape, np.int32, sharding=split)
@@ -318,7 +313,7 @@ def _clip_rows(metrics: Metrics, amplitudes: tuple[float, ...]) -> np.ndarray:
 
 
 def _clipping_keeps_newton_stable(metrics: Metrics) -> bool:
-    lost = np.mean(~np.isfinite(_clip_rows(metrics, (3.0, 4.0))))
+    lost = min(np.mean(~np.isfinite(_clip_rows(metrics, (amplitude,)))) for amplitude in (3.0, 4.0))
     return bool(_clip_rows(metrics, (0.5,)).max() <= 3 and _clip_rows(metrics, (0.9,)).max() <= 4 and lost >= 0.5)
 
 

@@ -10,8 +10,8 @@ from experiments import cli
 from experiments.catalogue import UsageError
 from experiments.harness import check_claims
 from experiments.sequence import pararnn as experiment
-from experiments.sequence._pararnn_training import lm_model, lm_recipe, optimizer_of, set_up_lm
-from jaxpapers.train import make_mesh
+from experiments.sequence._pararnn_training import lm_model, lm_recipe, optimizer_of, set_up_lm, set_up_task
+from jaxpapers.train import abstractly, make_mesh
 
 CELLS = ("gru", "lstm")
 # The measured column of the card's table of claims, and the paper's own figures where it has none.
@@ -66,6 +66,7 @@ def test_claims_hold_on_the_cards_figures():
 @pytest.mark.parametrize(
     ("claim", "changes"),
     [
+        ("clip", {"clip/gru/3": [9, 9], "clip/lstm/3": [9, 9]}),
         ("newton3", {"newton/lstm/D64/L2048": [[0.9, 0.1, 7e-4, 6e-6, 1e-7]]}),
         ("newton3", {"newton/gru/D256/L256": [[0.9, 9e-4, 1e-4, 1e-7, 1e-7]]}),
         ("newton3", {"newton/gru/D64/L2048": [[0.9, 0.1, 4e-3, 1e-7, 1e-7]]}),
@@ -100,7 +101,7 @@ def test_the_smoke_run(tmp_path, monkeypatch, capsys):
     statuses = {claim["id"]: claim["status"] for claim in results["claims"]}
     assert statuses["exact"] == "holds"
     assert statuses["depth"] == "not run: no accelerator/speed_up/gru"
-    assert results["metrics"]["lm/gru/residual"] < 1e-4
+    assert results["metrics"]["lm/lstm/residual"] < 1e-4
 
 
 def test_the_projection_follows_every_update():
@@ -152,13 +153,39 @@ def test_the_programs_of_the_tables_are_traced_without_numbers(seq):
 
 def test_a_sequence_split_over_devices_gives_the_loss_of_one():
     config = experiment.get_config("smoke")
+    config.lm.width = 64
     tokens = jax.random.randint(jax.random.key(0), (4, config.lm.length + 1), 0, 65)
     losses = []
     for mesh in (None, make_mesh(data=2, model=1, seq=4)):
         setup = set_up_lm("gru", 65, config, mesh)
+        if mesh:  # parameters are never whole on one device
+            embedding = setup.state.params["embed"]["embedding"]
+            assert embedding.sharding.shard_shape(embedding.shape) == (65, 32)
         metrics = jax.jit(setup.train_step)(setup.state, tokens, jax.random.key(0))[1]
         losses.append((metrics["loss"], metrics["grad_norm"]))
     np.testing.assert_allclose(*losses, rtol=2e-5)  # float32: three Newton iterations against the loop
+
+
+def test_training_through_newton_is_training_through_the_loop():
+    config = experiment.get_config("smoke")
+    batches = jax.random.randint(jax.random.key(0), (5, 4, config.lm.length + 1), 0, 65)
+    curves = []
+    for method in ("sequential", "chunked"):
+        config.lm.method = method
+        setup = set_up_lm("lstm", 65, config)
+        train_step, state, curve = jax.jit(setup.train_step), setup.state, []
+        for step, batch in enumerate(batches):
+            state, metrics = train_step(state, batch, jax.random.key(step))
+            curve.append(float(metrics["loss"]))
+            assert metrics["newton_residual"] < 1e-4
+        curves.append(curve)
+    np.testing.assert_allclose(*curves, rtol=1e-4)  # float32, three iterations; Adam's first steps have equal size
+
+
+def test_without_the_clip_a_task_is_solved_until_it_is_solved():
+    config = experiment.get_config("paper")
+    assert set_up_task("parity", "gru", config, abstractly).model.mixer_options["solver"].fallback == "sequential"
+    assert not set_up_task("k_hop_1", "gru", config, abstractly).model.mixer_options
 
 
 @pytest.mark.parametrize(
