@@ -11,9 +11,12 @@ a pendulum. The entropy's sign is the paper's; the authors' code has the opposit
 What `small` does not show. `coherence` fails: with a learned K the full loss forecasts worse than the KAE. Its latents
 are not to blame alone: K, trained on single steps, has eigenvalues of modulus 1.03, and with a K by least squares on
 the same latents (`refitted_error`) the full loss is within a factor of two of the KAE. With K by least squares during
-training, as the authors' code has it and their alpha and gamma are meant for, the full loss is better than the KAE:
-`coherence_least_squares`, a claim that was added after both had been seen.
-On Lorenz-63 the full loss does not forecast longer than the KAE, and kernel regression beats both.
+training, as the authors' code has it and their alpha and gamma are meant for, the full loss is better than the KAE;
+that is reported and not claimed, since its effective dimension is no larger there: another mechanism than the paper's.
+On Lorenz-63 the full loss does not forecast longer than the KAE, and kernel regression beats both. Nor does control
+come near Table 1 in 2,500 updates: of the steps 2% lie in the agent's goal with the full loss and 24% with the KAE (74%
+and 12% in the paper), of the pendulum none with either: its angle is in the latents, its velocity hardly so. On the
+agent, 4,000 updates took the full loss to 44%. `small` takes 13 minutes on 2 CPU cores.
 
 `paper` is the authors' setting of the flows (convolutions, d = 512, 300 epochs, K by least squares window by window,
 detached) and beside it a learned K. CFDBench has no reader here: travelling waves of 64 x 64 with two channels stand in
@@ -22,10 +25,10 @@ prints its errors would not be plausible.
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
@@ -66,7 +69,7 @@ from experiments.sequence._koopman_training import (
     train_shape,
 )
 from experiments.sequence._koopman_vae import score_vae, set_up_vae
-from jaxpapers.train import abstract, state_shardings, update_program
+from jaxpapers.train import abstract, abstractly, state_shardings, update_program
 
 PAPER = Paper(
     title="Information Shapes Koopman Representation",
@@ -174,6 +177,7 @@ def get_config(preset: str = "small") -> ConfigDict:
             config |= {"updates_per_call": 5, "horizons": (5, 20), "long_steps": 20}  # one shape to compile
             config["water"] |= {"weights": (0.0, 0.2)}
             config["information"] |= {"draws": 1, "steps": (1, 4), "samples": 2_000}
+            config["vae"] |= {"systems": ("lorenz",)}
             config["lorenz"] |= tiny | {"rows": 300, "test_rows": 100, "features": 20, "kernel_rows": 300}
             config["waves"] |= tiny | {"trajectories": 4, "frames": 20, "test_frames": 31, "start": 10, "rank": 4}
             stages = config["stages"]
@@ -329,16 +333,17 @@ def programs(config: ConfigDict, mesh: Mesh) -> dict[str, tuple[Callable, tuple]
             key = abstract(jax.random.key(0), whole)
             jitted[f"{name}/update"] = (update, (abstract(single, shardings), batch, key))
         else:
-            setup = set_up_population(name, np.zeros(train_shape(data, config), np.float32), config)
+            setup = set_up_population(name, np.zeros(train_shape(data, config), np.float32), config, abstractly)
             jitted[f"{name}/updates"] = population(setup, config.updates_per_call)
     for name in config.vae.systems:
-        vae = set_up_vae(name, np.zeros(train_shape(name, config), np.float32), config)
+        vae = set_up_vae(name, np.zeros(train_shape(name, config), np.float32), config, abstractly)
         jitted[f"vae_{name}/updates"] = population(vae, config.updates_per_call)
     for name in config.control.systems:
-        params = control.first_params(name, config)
+        shapes = control.first_params(name, config, abstractly)
+        params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
         for autoencoder in (False, True):
             if control.losses_of(name, autoencoder, config):
-                setup_control = control.set_up_control(name, autoencoder, params, config)
+                setup_control = control.set_up_control(name, autoencoder, params, config, abstractly)
                 stage = control.stage_of(name, autoencoder)
                 jitted[f"{stage}/updates"] = population(setup_control, config.control.updates_per_call)
     return jitted
@@ -451,22 +456,25 @@ def _information_text(metrics: Metrics) -> str:
     return f"off by {exact:.0e}, samples by {sampled:.2%}; {closed} nats"
 
 
-def _wave_errors(metrics: Metrics, variant: str, stage: str) -> np.ndarray:
+def _wave_errors(metrics: Metrics, variant: str, stage: str = "waves") -> np.ndarray:
     """After 50 steps, one a seed; a forecast that is not finite counts as infinitely wrong."""
     return np.nan_to_num(_values(metrics, f"{stage}/{variant}/error/50"), nan=np.inf)
 
 
-def _forecasts_as_far(metrics: Metrics, stage: str) -> bool:
-    full, kae = (_wave_errors(metrics, variant, stage).mean() for variant in ("full", "kae"))
+def _forecasts_as_far(metrics: Metrics) -> bool:
+    full, kae = (_wave_errors(metrics, variant).mean() for variant in ("full", "kae"))
     return bool(full <= 1.05 * kae)
 
 
-def _forecast_text(metrics: Metrics, stage: str) -> str:
-    parts = []
-    for variant, name in (("full", "full loss"), ("kae", "KAE")):
-        row = _wave_errors(metrics, variant, stage)
-        parts.append(f"{name} {row.mean():.4f} ({', '.join(f'{value:.4f}' for value in row)})")
-    return "; ".join(parts)
+def _forecast_text(metrics: Metrics) -> str:
+    """The claim's figures, and beside them those of another operator, on which nothing is claimed."""
+    texts = []
+    for stage, prefix in (("waves", ""), ("waves_least_squares", "not claimed, K by least squares while training: ")):
+        if f"{stage}/full/error/50" in metrics:
+            rows = {name: _wave_errors(metrics, name.split()[0].lower(), stage) for name in ("full loss", "KAE")}
+            parts = [f"{name} {row.mean():.4f} ({', '.join(f'{v:.4f}' for v in row)})" for name, row in rows.items()]
+            texts.append(prefix + "; ".join(parts))
+    return "; ".join(texts)
 
 
 CLAIMS = (
@@ -503,16 +511,7 @@ CLAIMS = (
         "travelling waves on the limit cycle, learned K, the same budget: the error of the full loss after 50 steps is "
         "at most 1.05 times the KAE's, means over the seeds",
         "Karman vortices: .138 against .233",
-        partial(_forecast_text, stage="waves"),
-        partial(_forecasts_as_far, stage="waves"),
-    ),
-    Claim(
-        "coherence_least_squares",
-        "Fig. 2, Table 2",
-        "the same with K by least squares while training, the operator for which the paper gives the alpha and gamma "
-        "of its flows",
-        "Karman vortices: .138 against .233",
-        partial(_forecast_text, stage="waves_least_squares"),
-        partial(_forecasts_as_far, stage="waves_least_squares"),
+        _forecast_text,
+        _forecasts_as_far,
     ),
 )

@@ -10,6 +10,7 @@ import pytest
 from experiments import cli, launch
 from experiments.catalogue import UsageError
 from experiments.harness import check_claims
+from experiments.sequence import _koopman_control as control
 from experiments.sequence import _koopman_forecast as forecasts
 from experiments.sequence import _koopman_training as training
 from experiments.sequence import koopman as experiment
@@ -61,7 +62,6 @@ def test_claims_hold_on_the_cards_figures():
         ("mi_closed_form", {"information/n1/sampled": [1.54, 0.7]}),
         ("coherence", {"waves/full/error/50": [0.24, 0.25, 0.25]}),
         ("coherence", {"waves/full/error/50": [0.1, 0.1, "nan"]}),
-        ("coherence_least_squares", {"waves_least_squares/full/error/50": [0.24, 0.25, 0.25]}),
     ],
 )
 def test_claims_fail_where_they_should(claim, changes):
@@ -93,7 +93,7 @@ def test_the_smoke_run(tmp_path, monkeypatch, capsys):
         for variant in stage["variants"]:
             assert metrics[f"{name}/{variant}/effective_dimension"][0] >= 1
             assert np.isfinite(metrics[f"{name}/{variant}/error/5"]).all()
-    for method in ("lorenz/dmd", "lorenz/kkr", "lorenz/vae", "waves/dmd", "waves/vae"):
+    for method in ("lorenz/dmd", "lorenz/kkr", "lorenz/vae", "waves/dmd"):
         assert np.isfinite(metrics[f"{method}/error/5"]).all()
     for variant in ("full", "kae"):
         assert 0 <= metrics[f"control/pendulum/{variant}/noiseless"][0] <= 100
@@ -157,7 +157,21 @@ def test_errors_and_fields_by_hand():
     true = np.zeros((2, 3, 4))
     true[1] = 1.0
     errors = forecasts.normalised_errors(true, true + np.array([0.0, 1.0, 2.0])[:, None], np.array([1.0, 4.0]))
-    np.testing.assert_allclose(errors, [0, (1 + 1 / 4) / 2, (2 + 2 / 4) / 2])
+    np.testing.assert_allclose(errors, [0, (1 + 1 / 4) / 2, (2 + 2 / 4) / 2], rtol=1e-6)  # float32
+
+
+def test_the_lqr_holds_a_goal_that_is_not_at_rest():
+    # z drifts away from the goal by K goal - goal at every step, and only the constant in the gain knows it.
+    K, B, goal = np.diag([1.05, 0.9]), np.eye(2), np.array([1.0, -2.0])
+    recipe = experiment.get_config("smoke").control.systems.pendulum.copy_and_resolve_references()
+    recipe.update({"state_cost": 100.0, "control_cost": 1e-3, "plan": 20})
+    gain = np.asarray(control.tracking_gain(*map(jnp.asarray, (K, B, goal)), recipe))
+    z = np.array([3.0, 3.0])
+    for _ in range(30):
+        z = K @ z - B @ gain @ np.append(z - goal, 1.0)
+    np.testing.assert_allclose(z, goal, atol=1e-3)  # what the cost of control leaves
+    left = K @ goal - B @ gain[:, :2] @ (z - goal)
+    assert np.abs(left - goal).max() > 0.04  # without the constant it would not stay
     config = experiment.get_config("smoke")
     config.waves.update({"encoder": "conv", "size": 16, "channels": 2, "trajectories": 2})
     with launch._quick_compilation(True):

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import scipy.linalg
 import scipy.stats
+from scipy.ndimage import map_coordinates
+from scipy.signal import correlate2d
 from scipy.special import logsumexp
 
 from jaxpapers.sequence import koopman
@@ -371,6 +373,58 @@ def test_convolutional_autoencoder():
     assert [kernels[f"mix{i}"][2:] for i in range(3)] == [(2, 64), (64, 32), (32, 2)]
     with pytest.raises(ValueError, match="multiples of 16"):
         jax.eval_shape(model.init, jax.random.key(0), x[:, :, :40])
+
+
+def by_scipy(x, layer):
+    """A convolution with zeros beyond the edges, (height, width, channels), channel by channel."""
+    kernel, bias = (np.asarray(layer[name], np.float64) for name in ("kernel", "bias"))
+    planes = [
+        sum(correlate2d(x[..., i], kernel[..., i, o], mode="same") for i in range(kernel.shape[2]))
+        for o in range(kernel.shape[3])
+    ]
+    return np.stack(planes, axis=-1) + bias
+
+
+def relu(x):
+    return np.maximum(x, 0)
+
+
+def halved(x):
+    return x.reshape(x.shape[0] // 2, 2, x.shape[1] // 2, 2, -1).mean(axis=(1, 3))
+
+
+def doubled(x):
+    size = x.shape[0]
+    places = np.linspace(0, size - 1, 2 * size)
+    grid = np.stack(np.meshgrid(places, places, indexing="ij"))
+    return np.stack([map_coordinates(x[..., c], grid, order=1) for c in range(x.shape[-1])], axis=-1)
+
+
+def drawn(shapes, seed):
+    rng = np.random.default_rng(seed)  # kernels so large that what a ReLU cuts off is seen at the end
+    return jax.tree.map(lambda leaf: np.float32(rng.normal(size=leaf.shape) / np.prod(leaf.shape[:-1]) ** 0.5), shapes)
+
+
+def test_the_convolutions_are_those_of_the_card():
+    x = np.random.default_rng(17).normal(size=(16, 16, 2)).astype(np.float32)
+    encoder, decoder = koopman.ConvEncoder(4), koopman.ConvDecoder((16, 16, 2))
+    p = drawn(jax.eval_shape(encoder.init, jax.random.key(0), x)["params"], 1)
+    y = relu(halved(by_scipy(x, p["conv0"])))
+    y = halved(relu(by_scipy(y, p["conv1"])))
+    y = relu(halved(by_scipy(y, p["conv2"])))
+    y = relu(halved(by_scipy(y, p["conv3"])))
+    y = relu(by_scipy(y, p["conv4"]))
+    z = y.reshape(-1) @ p["latent"]["kernel"] + p["latent"]["bias"]
+    np.testing.assert_allclose(encoder.apply({"params": p}, x), z, rtol=1e-4, atol=1e-4)  # float32
+    p = drawn(jax.eval_shape(decoder.init, jax.random.key(0), z)["params"], 2)
+    y = relu(z @ p["expand"]["kernel"] + p["expand"]["bias"]).reshape(1, 1, 256)
+    y = relu(by_scipy(y, p["up0"]))
+    for layer in ("up1", "up2", "up3"):
+        y = relu(by_scipy(doubled(y), p[layer]))
+    y = by_scipy(doubled(y), p["up4"])
+    y = by_scipy(relu(by_scipy(relu(by_scipy(y, p["mix0"])), p["mix1"])), p["mix2"])
+    field = decoder.apply({"params": p}, np.float32(z))
+    np.testing.assert_allclose(field, y, rtol=1e-3, atol=1e-3 * np.abs(y).max())  # float32 through nine layers
 
 
 def test_dropout_follows_the_key():

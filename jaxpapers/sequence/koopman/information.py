@@ -51,7 +51,8 @@ def von_neumann_entropy(z: Float[AnyArray, "*samples dim"], center: bool = True,
     Args:
         z: latents; all leading axes are samples.
         center: subtract the mean first.
-        eps: added to every eigenvalue of C, so that the gradient of a dead mode is large but finite.
+        eps: added to every eigenvalue of C, so that the gradient of a dead mode is large but finite. It is not scaled
+            with z: S is free of the scale of z only while all variances in use are far above eps, and grows below.
 
     Raises:
         ValueError: fewer than two samples, or eps <= 0.

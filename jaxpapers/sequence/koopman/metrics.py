@@ -9,12 +9,22 @@ from jaxpapers.ops.dsr_metrics import power_spectrum_hellinger
 from jaxpapers.sequence.koopman.information import AnyArray
 
 
-def nrmse(x_true: Float[AnyArray, "batch *shape"], x: Float[AnyArray, "batch *shape"]) -> Float[Array, ""]:
-    """RMSE / (max - min) of each true trajectory, mean over trajectories (the normalisation is our reading)."""
+def nrmse(
+    x_true: Float[AnyArray, "batch *shape"],
+    x: Float[AnyArray, "batch *shape"],
+    extent: Float[AnyArray, "batch"] | None = None,
+) -> Float[Array, ""]:
+    """RMSE / (max - min) of each trajectory, mean over trajectories (the normalisation is our reading).
+
+    Args:
+        x_true: what was to be forecast.
+        x: the forecast.
+        extent: max - min of each trajectory; None: of the part that is given.
+    """
     x_true, x = jnp.asarray(x_true), jnp.asarray(x)
     axes = tuple(range(1, x_true.ndim))
     error = jnp.sqrt(jnp.mean(jnp.square(x - x_true), axis=axes))
-    return jnp.mean(error / (jnp.max(x_true, axis=axes) - jnp.min(x_true, axis=axes)))
+    return jnp.mean(error / (jnp.ptp(x_true, axis=axes) if extent is None else jnp.asarray(extent)))
 
 
 def ssim(x_true: Float[np.ndarray, "height width"], x: Float[np.ndarray, "height width"], window: int = 7) -> float:
