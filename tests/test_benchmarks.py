@@ -45,7 +45,7 @@ def test_a_run_measures_every_rival_and_leaves_its_files(tmp_path, monkeypatch, 
     point, update = figures["points"][0], figures["updates"][0]
     assert set(point["seconds"]) == {"auto", "sequential", "parallel", "chunked", "lax.scan", "DEER"}
     assert set(update["seconds"]) == {"auto", "sequential", "chunked"}
-    assert max(point["errors"].values()) < recurrence.AGREEMENT
+    assert max(point["errors"].values()) < recurrence.DEERS_AGREEMENT
     assert files["--plot"].read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
     assert "auto / best method" in printed
