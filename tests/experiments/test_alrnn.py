@@ -227,7 +227,7 @@ def test_nothing_of_a_failed_model_is_a_result(tmp_path, monkeypatch):
     assert {row["status"].split(":")[0] for row in check_claims(experiment.CLAIMS, metrics)} <= {"fails", "not run"}
 
 
-@pytest.mark.parametrize("system", ["ecg", "fmri", "eeg"])
+@pytest.mark.parametrize("system", ["fmri", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ecg", "eeg"))])
 def test_recorded_systems_run_through(system, tmp_path, monkeypatch):
     config = experiment.get_config("smoke")
     config.systems = (system,)

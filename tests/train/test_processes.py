@@ -87,6 +87,7 @@ def test_two_processes_give_the_run_of_one(alone, tmp_path):
     assert f"step {STEPS} on 4 devices of 1 processes" in output[0]  # their common checkpoint restores elsewhere
 
 
+@pytest.mark.slow
 def test_processes_that_share_the_rows_of_a_batch_read_the_same_ones(alone, tmp_path):
     """Both devices lie along `model`: either process holds the whole batch."""
     finish(start_pair(tmp_path, 0.0, 2))
@@ -94,6 +95,7 @@ def test_processes_that_share_the_rows_of_a_batch_read_the_same_ones(alone, tmp_
     np.testing.assert_allclose(losses, expected, rtol=1e-5)  # float32: the batch's mean is one sum, not two
 
 
+@pytest.mark.slow
 def test_a_save_that_fails_on_the_first_process_ends_both(tmp_path):
     """The first alone writes manifests; the other must not wait for it until its silence is noticed."""
     processes = start_pair(tmp_path, 0.0, 1, "no-manifests")
@@ -102,7 +104,8 @@ def test_a_save_that_fails_on_the_first_process_ends_both(tmp_path):
     assert all("OSError: no manifest for checkpoint 2" in output for output in outputs)
 
 
-@pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.slow)], ids=["worker", "leader"])
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [1, 0], ids=["worker", "leader"])
 def test_where_one_is_killed_the_other_ends_and_both_resume(alone, tmp_path, victim):
     processes = start_pair(tmp_path, 0.2)
     wait_for_step(tmp_path, 5)

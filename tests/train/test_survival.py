@@ -141,10 +141,10 @@ def assert_ended_alike(workdir, expected, steps, stage=""):
 @pytest.mark.parametrize(
     ("steps", "kinds"),
     [
-        (STEPS, {"step": 2, "temporary": 1, "renamed": 1}),
+        (STEPS, {"step": 1, "temporary": 1, "renamed": 1}),
         pytest.param(240, {"step": 10, "temporary": 6, "renamed": 4}, marks=pytest.mark.slow),
     ],
-    ids=["4 kills", "20 kills"],
+    ids=["3 kills", "20 kills"],
 )
 def test_killed_again_and_again_a_run_ends_with_the_same_bits(tmp_path, start, undisturbed, steps, kinds):
     rng = np.random.default_rng(SEED)
