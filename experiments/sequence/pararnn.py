@@ -16,9 +16,9 @@ the end. Models are scored by their states computed one by one.
 
 `paper` is a row of Tables 3 and 4 (`lm.size`), for `plan`: parameters are sharded over `data` (fsdp), sequences over
 `seq` where the mesh has it. An update of the ParaGRU fits, by `plan`: 400M on v5e:8x8 (7.4 GiB a chip), 1B on v5e:8x16
-(9.1 GiB; 8x8 wants 15.02 of 14.9), 2.9B on v5e:16x16 (12.7 GiB). 7B does not fit on v5p:4x8x8 yet
-(111 of 88 GiB, and 126 on half of it: something is not split).
-Most of that is logits. SlimPajama has no reader here yet: `run` takes Tiny Shakespeare here, too.
+(9.1 GiB; 8x8 wants 15.02 of 14.9), 2.9B on v5e:16x16 (12.7 GiB); most of it is logits. 7B does not fit on v5p:4x8x8
+yet (111 of 88 GiB, and 126 on half of it: something is not split). SlimPajama has no reader here yet: `run` takes Tiny
+Shakespeare in this preset, too.
 """
 
 from collections.abc import Callable
