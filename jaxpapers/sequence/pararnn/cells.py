@@ -232,7 +232,7 @@ def lstm_jacobian_reference(
 
 
 def _rows(g: AnyArray) -> tuple[Array, ...]:
-    return tuple(row[..., 0, :] for row in jnp.split(jnp.asarray(g), g.shape[-2], axis=-2))
+    return jnp.unstack(jnp.asarray(g), axis=-2)
 
 
 def _gru_cell(h: AnyArray, g: tuple[Array, ...], A: AnyArray, gates: tuple[str, ...]) -> Array:
@@ -250,7 +250,7 @@ def _gru_jacobian(h: AnyArray, g: tuple[Array, ...], A: AnyArray, gates: tuple[s
 
 
 def _lstm_cell(state: AnyArray, g: tuple[Array, ...], A: AnyArray, C: AnyArray, gates: tuple[str, ...]) -> Array:
-    c, h = state[..., 0, :], state[..., 1, :]
+    c, h = jnp.unstack(jnp.asarray(state), axis=-2)
     f = _function(gates[0])(A[0] * h + C[0] * c + g[0])
     u = _function(gates[2])(A[2] * h + g[2])
     new_c = f * c + (1 - f) * u
@@ -266,7 +266,7 @@ def _lstm_jacobian(
     gates: tuple[str, ...],
     new_c: AnyArray | None = None,
 ) -> Array:
-    c, h = state[..., 0, :], state[..., 1, :]
+    c, h = jnp.unstack(jnp.asarray(state), axis=-2)
     f, df = _with_slope(gates[0], A[0] * h + C[0] * c + g[0])
     u, du = _with_slope(gates[2], A[2] * h + g[2])
     if new_c is None:
