@@ -221,6 +221,11 @@ def lm_recipe(mixer: str, config: ConfigDict) -> ConfigDict:
     return ConfigDict({**config.lm, **left_open})
 
 
+def over_devices(mesh: Mesh) -> NamedSharding:
+    """Where tokens (batch, time), and what is computed of each, lie on a mesh."""
+    return NamedSharding(mesh, PartitionSpec("data", "seq"))
+
+
 def lm_model(mixer: str, vocab_size: int, config: ConfigDict, mesh: Mesh | None = None) -> ParaRNNLM:
     """A row of the paper's tables, or the small model of the config; recurrences are split as the mesh says."""
     recipe = config.lm
@@ -233,6 +238,7 @@ def lm_model(mixer: str, vocab_size: int, config: ConfigDict, mesh: Mesh | None 
         "scan": recipe.scan,
         "dtype": jnp.dtype(recipe.dtype),
         "mixer_options": {"solver": Solver(method=method, mesh=mesh)} if mixer in CELLS else {},
+        "sharding": None if mesh is None else over_devices(mesh),
     }
     if recipe.size:
         return language_model(SIZES[recipe.size][mixer], **options)
@@ -253,13 +259,11 @@ def set_up_lm(
     model = lm_model(mixer, vocab_size, config, mesh)
     optimizer = optimizer_of(config, recipe)
 
-    def over_devices(tokens: Array) -> Array:
-        if mesh is None:
-            return tokens
-        return jax.lax.with_sharding_constraint(tokens, NamedSharding(mesh, PartitionSpec("data", "seq")))
+    def placed(tokens: Array) -> Array:
+        return tokens if mesh is None else jax.lax.with_sharding_constraint(tokens, over_devices(mesh))
 
     def loss_fn(params: Any, extra: Any, batch: Array, key: Array) -> tuple:
-        tokens, targets = over_devices(batch[:, :-1]), over_devices(batch[:, 1:])
+        tokens, targets = placed(batch[:, :-1]), placed(batch[:, 1:])
         logits, sown = model.apply({"params": params}, tokens, mutable="diagnostics")
         loss, terms = language_loss(logits, targets, z_loss=recipe.z_loss)
         residual = newton_residual(sown.get("diagnostics", {}))
@@ -271,8 +275,9 @@ def set_up_lm(
         params = whole.init(jax.random.key(config.seed), tokens)["params"]
         return create_state(params, optimizer)
 
-    parallel = model.clone(mixer_options={"solver": NEWTON}) if mixer in CELLS else model
-    exact = one_by_one(model)
+    scored = model.clone(sharding=None)  # so many windows as there are, not as many as devices divide
+    parallel = scored.clone(mixer_options={"solver": NEWTON}) if mixer in CELLS else scored
+    exact = one_by_one(scored)
 
     def evaluate(params: Any, tokens: Array) -> dict[str, Array]:
         logits = exact.apply({"params": params}, tokens[:, :-1])
@@ -285,8 +290,8 @@ def set_up_lm(
 
     shapes = jax.eval_shape(init)
     rules = fsdp(shapes.params, mesh) if mesh else ()
-    placed = {"out_shardings": state_shardings(shapes, mesh, rules)} if mesh else {}
-    return LanguageSetup(model, jit(init, **placed)(), rules, make_train_step(loss_fn, optimizer), jax.jit(evaluate))
+    options = {"out_shardings": state_shardings(shapes, mesh, rules)} if mesh else {}
+    return LanguageSetup(model, jit(init, **options)(), rules, make_train_step(loss_fn, optimizer), jax.jit(evaluate))
 
 
 def study_language(corpus: Corpus, config: ConfigDict, run: Run) -> dict[str, Any]:

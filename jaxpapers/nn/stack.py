@@ -6,6 +6,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import Sharding
 from jaxtyping import Array, Float, PyTree, Shaped
 
 
@@ -21,6 +22,8 @@ class Stack(nn.Module):
         scan: one `lax.scan` over the layers instead of num_layers copies in the program: compilation takes as long as
             for one layer. The parameters of all layers then lie in one array each, with a leading axis of layers
             (under `layers` instead of `layers_0`, `layers_1`, ...; see `stack_layers`).
+        sharding: where x lies between the blocks; None: the compiler decides, which beside parameters that are split
+            over the devices of the batch may gather the batch instead of the parameters.
     """
 
     block: type[nn.Module]
@@ -28,6 +31,7 @@ class Stack(nn.Module):
     options: Mapping[str, Any]
     remat: bool = False
     scan: bool = False
+    sharding: Sharding | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "*shape"], *shared: Shaped[Array, "..."] | None) -> Float[Array, "*shape"]:
@@ -39,13 +43,18 @@ class Stack(nn.Module):
         """
         # A scan keeps XLA from merging the second computation with the first; elsewhere the barrier must.
         block = nn.remat(self.block, prevent_cse=not self.scan) if self.remat else self.block
+
+        def placed(x: Array) -> Array:
+            return x if self.sharding is None else jax.lax.with_sharding_constraint(x, self.sharding)
+
+        x = placed(x)
         if not self.scan:
             for layer in range(self.num_layers):
-                x = block(**self.options, name=f"layers_{layer}")(x, *shared)
+                x = placed(block(**self.options, name=f"layers_{layer}")(x, *shared))
             return x
 
         def body(layer: nn.Module, x: Array, *shared: Any) -> tuple[Array, None]:
-            return layer(x, *shared), None
+            return placed(layer(x, *shared)), None
 
         scanned = nn.scan(
             body,

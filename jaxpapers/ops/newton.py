@@ -128,7 +128,7 @@ def solve_recurrence(
             "parallel" (`lax.associative_scan`), "chunked". "fused": one kernel on TPU and GPU, for "diagonal" and
             "block", inputs and closed-over arrays of floats that end in the channel axis (or scalars); computed in
             float32 at least; no iteration, and no forward-mode derivative as the first one (see the module). On CPU
-            it is interpreted, for tests. "auto": sequential on CPU (the fastest at most points of `python -m
+            it is interpreted, for tests. "auto": sequential on CPU (the fastest at every point of `python -m
             benchmarks recurrence`), and where dense Jacobians would fill the memory (2^30 numbers); on TPU the states
             are the kernel's where it applies and a mesh tells where the batch lies, or there is one device alone, since
             the compiler cannot split a kernel, and their derivatives those of all other methods; elsewhere chunked.

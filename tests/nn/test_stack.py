@@ -5,8 +5,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxpapers.nn.stack import Stack, stack_layers, unstack_layers
+from jaxpapers.train import make_mesh
 
 X = jax.random.normal(jax.random.key(0), (4, 16))
 LAYERS = 5
@@ -81,6 +83,20 @@ def test_remat_keeps_less_for_the_backward_pass(params):
     # The input of every block and the shared argument, against three activations twice as wide.
     assert kept(True) <= LAYERS * (X.size + 1) + X.size
     assert kept(False) > 3 * kept(True)
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_blocks_are_held_where_they_should_lie(params, scan):
+    mesh = make_mesh(data=4, model=2)
+    placed = NamedSharding(mesh, PartitionSpec("data"))
+    model = stack(scan=scan, remat=True, sharding=placed)
+    mine = stack_layers(params) if scan else params
+    # The parameters are split over the batch's devices: without the constraint the compiler may gather the batch.
+    specs = jax.tree.map(lambda leaf: NamedSharding(mesh, PartitionSpec(*[None] * (leaf.ndim - 1), "data")), mine)
+    run = jax.jit(lambda p: model.apply({"params": p}, X, jnp.float32(0.5)), in_shardings=(specs,))
+    found = run(mine)
+    assert found.sharding.is_equivalent_to(placed, 2)
+    np.testing.assert_allclose(found, stack().apply({"params": params}, X, jnp.float32(0.5)), rtol=1e-5, atol=1e-5)
 
 
 class Sowing(nn.Module):

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.core import FrozenDict
+from jax.sharding import Sharding
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PyTree
 
@@ -119,6 +120,7 @@ class ParaRNNLM(nn.Module):
         remat: compute activations again in the backward pass (see `Stack`).
         scan: one program for all layers (see `Stack`).
         cache_length: tokens of a continued sequence (see `decoding`); None: every call is a sequence of its own.
+        sharding: of (batch, time, width) between the blocks, and of the logits (see `Stack`).
     """
 
     width: int
@@ -132,6 +134,7 @@ class ParaRNNLM(nn.Module):
     remat: bool = False
     scan: bool = False
     cache_length: int | None = None
+    sharding: Sharding | None = None
 
     @nn.compact
     def __call__(
@@ -152,11 +155,13 @@ class ParaRNNLM(nn.Module):
             "dtype": self.dtype,
             "cache_length": self.cache_length,
         }
-        x = Stack(ParaRNNBlock, self.num_layers, options, remat=self.remat, scan=self.scan, name="blocks")(x)
+        stack = Stack(ParaRNNBlock, self.num_layers, options, self.remat, self.scan, self.sharding, name="blocks")
+        x = stack(x)
         x = x[:, -1:] if last_only else x
         x = nn.RMSNorm(NORM_EPSILON, dtype=self.dtype, name="norm")(x)
         logits = nn.Dense(self.vocab_size, use_bias=False, dtype=self.dtype, name="head")(x)
-        return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+        logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+        return logits if self.sharding is None else jax.lax.with_sharding_constraint(logits, self.sharding)
 
 
 class SyntheticModel(nn.Module):
