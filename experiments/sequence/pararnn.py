@@ -15,10 +15,10 @@ sequential route (`method="auto"`), whose states are exact; what three Newton it
 the end. Models are scored by their states computed one by one.
 
 `paper` is a row of Tables 3 and 4 (`lm.size`), for `plan`: parameters are sharded over `data` (fsdp), sequences over
-`seq` where the mesh has it. The smallest slices on which an update of the ParaGRU fits, by `plan` (GiB of a chip's 14.9,
-v5p: 88): 400M v5e:4x4 (12.9), 1B v5e:4x8 (8.6), 2.9B v5e:8x8 (11.1), 7B v5e:16x16 (14.7) or v5p:4x4x4 (56). ParaLSTM 400M takes
-3.3 on v5e:8x8; 400M with sequences split in four (`--config.mesh.data=16 --config.mesh.seq=4`) 3.5 there. SlimPajama has
-no reader here yet: `run` takes Tiny Shakespeare in this preset, too.
+`seq` where the mesh has it. The smallest slices on which an update of the ParaGRU fits, by `plan`, in GiB a chip of
+14.9 (v5p: 88): 400M v5e:4x4 (12.9), 1B v5e:4x8 (8.6), 2.9B v5e:8x8 (11.1), 7B v5e:16x16 (14.7) or v5p:4x4x4 (56). The
+ParaLSTM of 400M takes 3.3 on v5e:8x8, the ParaGRU with its sequences split (`--config.mesh.data=16
+--config.mesh.seq=4`) 3.5. SlimPajama has no reader here yet: `run` takes Tiny Shakespeare in this preset, too.
 """
 
 from collections.abc import Callable
