@@ -13,14 +13,14 @@ needs_libtpu = pytest.mark.skipif(
 )
 
 
-def run_program(program: str, folder: Path) -> subprocess.CompletedProcess[str]:
+def run_program(program: str, folder: Path, timeout_s: float = 200) -> subprocess.CompletedProcess[str]:
     """Runs a Python program that imports from the repository and from a folder of tests; it must end with 0."""
     done = subprocess.run(
         [sys.executable, "-c", program],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (folder, Path(__file__).parents[1])))},
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=timeout_s,
         check=False,
     )
     assert done.returncode == 0, done.stderr

@@ -214,8 +214,8 @@ print(json.dumps(found))
 """
 
 
-def kernels_compiled_for(*cases):
-    done = run_program(TPU_PROGRAM.replace("CASES", repr(cases)), Path(__file__).parent)
+def kernels_compiled_for(*cases, timeout_s=200):
+    done = run_program(TPU_PROGRAM.replace("CASES", repr(cases)), Path(__file__).parent, timeout_s)
     found = json.loads(done.stdout)
     assert len(found) == len(cases) * 2 * len(CELLS)
     return found
@@ -232,5 +232,5 @@ def test_the_kernels_compile_for_tpus_ahead_of_time():
 def test_the_kernels_compile_for_the_shapes_of_use():
     # Time, sequences, channels: the language models' on a chip, one sequence alone, channels that fold into rows.
     shapes = ((2048, 4, 1024), (2048, 8, 4096), (8192, 1, 2560), (1000, 64, 64), (301, 24, 16))
-    found = kernels_compiled_for(*(("v5e:2x2", shape) for shape in shapes))
+    found = kernels_compiled_for(*(("v5e:2x2", shape) for shape in shapes), timeout_s=1200)
     assert set(found.values()) == {1}, found
