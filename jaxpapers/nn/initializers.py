@@ -2,18 +2,21 @@
 
 Initialisation is part of a method. PyTorch's Linear and Conv layers draw kernel and bias from
 U(-1/sqrt(fan_in), 1/sqrt(fan_in)), variance 1 / (3 fan_in); flax draws kernels from a truncated normal of
-variance 1 / fan_in and sets biases to zero. To build a PyTorch layer in flax, give both:
+variance 1 / fan_in and sets biases to zero. To build a PyTorch layer in flax, give both, as `torch_dense` does:
 
-    nn.Dense(
+    nn.Conv(
         features,
+        window,
         kernel_init=torch_default_kernel_init,
-        bias_init=torch_default_bias_init(fan_in=x.shape[-1]),
+        bias_init=torch_default_bias_init(fan_in=math.prod(window) * x.shape[-1]),
     )
 """
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -62,6 +65,18 @@ def torch_default_bias_init(fan_in: int) -> Callable[..., Array]:
         return _uniform(key, shape, dtype, fan_in)
 
     return init
+
+
+def torch_dense(features: int, inputs: int, **options: Any) -> nn.Dense:
+    """A flax Dense that starts as torch.nn.Linear(inputs, features) does.
+
+    Args:
+        features: outputs.
+        inputs: length of the last axis of what it will be applied to.
+        options: further attributes of `nn.Dense`; they win.
+    """
+    initialisers = {"kernel_init": torch_default_kernel_init, "bias_init": torch_default_bias_init(inputs)}
+    return nn.Dense(features, **(initialisers | options))
 
 
 def _uniform(key: PRNGKeyArray, shape: Sequence[int], dtype: DTypeLike, fan_in: int) -> Float[Array, "..."]:

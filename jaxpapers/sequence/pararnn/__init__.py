@@ -27,6 +27,7 @@ Where to read what:
     new = generate(key, model, params, tokens[:, :16], 100)
 """
 
+from jaxpapers.nn.language import LossTerms, language_loss
 from jaxpapers.sequence.pararnn.cells import (
     NONLINEARITIES,
     GRUParams,
@@ -58,12 +59,10 @@ from jaxpapers.sequence.pararnn.model import (
     MIXERS,
     SIZES,
     VOCABULARY,
-    LossTerms,
     ParaRNNBlock,
     ParaRNNLM,
     Size,
     SyntheticModel,
-    language_loss,
     language_model,
     newton_residual,
     project_recurrent,

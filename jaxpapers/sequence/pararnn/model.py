@@ -1,6 +1,6 @@
 """The language models of the paper's tables and its small models of synthetic tasks (App. C.1; Tables 3, 4, 6)."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -72,7 +72,7 @@ class ParaRNNBlock(nn.Module):
         num_heads: of the mixer.
         mixer: one of `MIXERS`.
         skip: "inner" or "outer" (see `ParaRNNMixer`).
-        mlp: False: without the SwiGLU, as in Mamba2.
+        feed_forward: makes the layer in the SwiGLU's place, from `dtype` and `name`; None: no such layer, as in Mamba2.
         mixer_options: further arguments of the mixer's class, such as a solver.
         dtype: of the computation; None: that of inputs and parameters.
         cache_length: not None: keep what the mixer remembers between calls.
@@ -81,7 +81,7 @@ class ParaRNNBlock(nn.Module):
     num_heads: int
     mixer: str = "gru"
     skip: str = "inner"
-    mlp: bool = True
+    feed_forward: Callable[..., nn.Module] | None = SwiGLU
     mixer_options: Mapping[str, Any] = FrozenDict()
     dtype: DTypeLike | None = None
     cache_length: int | None = None
@@ -98,9 +98,10 @@ class ParaRNNBlock(nn.Module):
         if self.skip == "outer":
             x = self.param("skip", nn.initializers.ones, (x.shape[-1],)).astype(x.dtype) * x
         x = x + mixed
-        if not self.mlp:
+        if self.feed_forward is None:
             return x
-        return x + SwiGLU(dtype=self.dtype, name="mlp")(nn.RMSNorm(NORM_EPSILON, dtype=self.dtype, name="mlp_norm")(x))
+        mlp = self.feed_forward(dtype=self.dtype, name="mlp")
+        return x + mlp(nn.RMSNorm(NORM_EPSILON, dtype=self.dtype, name="mlp_norm")(x))
 
 
 class ParaRNNLM(nn.Module):
@@ -116,6 +117,8 @@ class ParaRNNLM(nn.Module):
         mixer: one of `MIXERS`: "gru", "lstm" are the paper's, "linear", "mamba2", "attention" the rivals.
         skip: "inner" or "outer" (see `ParaRNNMixer`).
         mixer_options: further arguments of the mixers' class, such as `{"solver": Solver(...)}`.
+        feed_forward: makes the layer in the SwiGLU's place, from `dtype` and `name`, such as
+            `partial(FeedForward, activation="polynorm")`; Mamba2 has none.
         dtype: of the computation, such as bfloat16; None: that of the parameters. Logits are float32 at least.
         remat: compute activations again in the backward pass (see `Stack`).
         scan: one program for all layers (see `Stack`).
@@ -130,6 +133,7 @@ class ParaRNNLM(nn.Module):
     mixer: str = "gru"
     skip: str = "inner"
     mixer_options: Mapping[str, Any] = FrozenDict()
+    feed_forward: Callable[..., nn.Module] = SwiGLU
     dtype: DTypeLike | None = None
     remat: bool = False
     scan: bool = False
@@ -150,7 +154,7 @@ class ParaRNNLM(nn.Module):
             "num_heads": self.num_heads,
             "mixer": self.mixer,
             "skip": self.skip,
-            "mlp": self.mixer != "mamba2",
+            "feed_forward": None if self.mixer == "mamba2" else self.feed_forward,
             "mixer_options": self.mixer_options,
             "dtype": self.dtype,
             "cache_length": self.cache_length,
@@ -282,50 +286,6 @@ def language_model(size: Size, **options: Any) -> ParaRNNLM:
         options: further attributes of `ParaRNNLM`.
     """
     return ParaRNNLM(size.width, size.num_layers, size.num_heads, mixer=size.mixer, **options)
-
-
-class LossTerms(NamedTuple):
-    """The parts of `language_loss`, means over the tokens that count.
-
-    Attributes:
-        cross_entropy: -log p(target), in nats.
-        z_loss: log(Z)^2, without its coefficient.
-        accuracy: of the likeliest token.
-    """
-
-    cross_entropy: Float[Array, ""]
-    z_loss: Float[Array, ""]
-    accuracy: Float[Array, ""]
-
-
-def language_loss(
-    logits: Float[AnyArray, "*batch vocab"],
-    targets: Int[AnyArray, "*batch"],
-    weights: Float[AnyArray, "*batch"] | None = None,
-    z_loss: float | int = 1e-4,
-) -> tuple[Float[Array, ""], LossTerms]:
-    """Cross-entropy + z_loss * mean of log(Z)^2, with Z the softmax's denominator (Sec. 4, App. C.1).
-
-    Args:
-        logits: of every position.
-        targets: the tokens that follow.
-        weights: of the positions, such as 0 for masked ones; None: all count the same. All zero: the loss is 0.
-        z_loss: coefficient.
-
-    Returns:
-        The loss and its parts.
-    """
-    log_z = jax.nn.logsumexp(logits, axis=-1)
-    chosen = jnp.take_along_axis(jnp.asarray(logits), targets[..., None], axis=-1)[..., 0]
-    weights = jnp.ones_like(log_z) if weights is None else jnp.asarray(weights, log_z.dtype)
-    count = jnp.maximum(jnp.sum(weights), jnp.finfo(log_z.dtype).tiny)
-
-    def mean(values: Array) -> Array:
-        return jnp.sum(weights * values) / count
-
-    right = (jnp.argmax(logits, axis=-1) == targets).astype(log_z.dtype)
-    terms = LossTerms(mean(log_z - chosen), mean(jnp.square(log_z)), mean(right))
-    return terms.cross_entropy + z_loss * terms.z_loss, terms
 
 
 def newton_residual(diagnostics: PyTree[Float[AnyArray, "..."]]) -> Float[Array, ""]:
