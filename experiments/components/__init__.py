@@ -1,0 +1,1 @@
+"""Experiments with the papers of `jaxpapers.components`."""

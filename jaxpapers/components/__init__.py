@@ -1,0 +1,1 @@
+"""Components: activations, layers and quantisers that other models are built from."""

@@ -1,0 +1,1 @@
+"""Perception: images, radio channels, shapes."""
