@@ -1,0 +1,268 @@
+"""Slots, networks and training of AdaFortiTran and its rivals.
+
+A part of `adafortitran`. A stage is a kind of data: "fixed" (one channel for each pair of delay spread and Doppler
+shift, as in the paper's data) or "fresh". All models of a stage see the same slots in the same order; the seeds of a
+model are one population under `vmap`, or are trained one by one, their batches split over the mesh.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array, lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from experiments.harness import Run
+from jaxpapers.data import tdl
+from jaxpapers.perception.adafortitran import (
+    AdaFortiTran,
+    CEViT,
+    FortiTran,
+    LinearEstimator,
+    SisRafNet,
+    complex_mse,
+    estimation_loss,
+)
+from jaxpapers.train import (
+    OnDevice,
+    TrainState,
+    TrainStep,
+    create_population,
+    create_state,
+    jit_once,
+    make_optimizer,
+    make_schedule,
+    make_train_step,
+    to_host,
+    vmap_step,
+)
+
+STAGES = ("fixed", "fresh")
+
+
+def grid_of(config: ConfigDict, num_subcarriers: int = 0) -> tdl.OfdmGrid:
+    """The slot: that of the models, or one of another width."""
+    return tdl.OfdmGrid(num_subcarriers or config.grid.subcarriers)
+
+
+def pilots_of(config: ConfigDict, num_subcarriers: int = 0) -> tdl.Pilots:
+    """The pilots of a slot."""
+    grid = grid_of(config, num_subcarriers)
+    return tdl.pilot_indices(grid.num_subcarriers, config.grid.spacing, columns=config.grid.columns)
+
+
+def conditions_of(config: ConfigDict) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """SNRs in dB, delay spreads in ns and Doppler shifts in Hz of the training."""
+    values = config.conditions
+    return tuple(np.asarray(values[name], float) for name in ("snrs_db", "delay_spreads_ns", "dopplers_hz"))
+
+
+def bank_of(config: ConfigDict) -> tdl.ChannelBank:
+    """The channels of the "fixed" slots: drawn once, for training and tests, whatever the seed."""
+    _, spreads, shifts = (np.float32(values) for values in conditions_of(config))
+    draw = partial(tdl.draw_bank, grid=grid_of(config), num_sinusoids=config.grid.sinusoids)
+    return jax.device_get(jax.jit(draw)(jax.random.key(config.bank_seed), spreads, shifts))
+
+
+def empty_bank(config: ConfigDict) -> tdl.ChannelBank:
+    """One of zeros in its place, for plans."""
+    _, spreads, shifts = (np.float32(values) for values in conditions_of(config))
+    grid = grid_of(config)
+    size = (len(spreads), len(shifts), grid.num_subcarriers, grid.num_symbols)
+    return tdl.ChannelBank(spreads, shifts, np.zeros(size, np.complex64))
+
+
+def slots_at(
+    key: Array, conditions: Array | np.ndarray, stage: str, bank: tdl.ChannelBank, config: ConfigDict
+) -> tdl.Batch:
+    """Slots of a stage in these conditions (slots, 3)."""
+    return tdl.simulate_batch(
+        key,
+        conditions,
+        grid_of(config),
+        pilots_of(config),
+        config.snr_reference,
+        stage,
+        bank if stage == "fixed" else None,
+        num_sinusoids=config.grid.sinusoids,
+    )
+
+
+def slots_of(keys: Array, stage: str, bank: tdl.ChannelBank, config: ConfigDict) -> tdl.Batch:
+    """Slots of a stage in conditions drawn from the lists, a key a slot."""
+
+    def slot(key: Array) -> tdl.Batch:
+        condition_key, slot_key = jax.random.split(key)
+        conditions = tdl.draw_conditions(condition_key, 1, *(values.tolist() for values in conditions_of(config)))
+        return jax.tree.map(lambda part: part[0], slots_at(slot_key, conditions, stage, bank, config))
+
+    return jax.vmap(slot)(keys)
+
+
+def draw_slots(key: Array, step: Array | int, stage: str, bank: tdl.ChannelBank, config: ConfigDict) -> tdl.Batch:
+    """The batch of an update: of new slots or, where `training.slots` is not 0, of a set of so many, drawn at random.
+
+    Slot i of the set is a function of i: the set needs no memory.
+    """
+    recipe = config.training
+    step_key = jax.random.fold_in(key, step)
+    if recipe.slots:
+        chosen = jax.random.randint(step_key, (recipe.batch_size,), 0, recipe.slots)
+        keys = jax.vmap(partial(jax.random.fold_in, key))(chosen)
+    else:
+        keys = jax.random.split(step_key, recipe.batch_size)
+    return slots_of(keys, stage, bank, config)
+
+
+def network(name: str, config: ConfigDict) -> nn.Module:
+    """The model of a name; those of `config.layers` are (Ada)FortiTrans."""
+    recipe, grid, pilots = config.model, grid_of(config), pilots_of(config)
+    size = (grid.num_subcarriers, grid.num_symbols)
+    shape = (len(pilots.rows), len(pilots.columns))
+    match name:
+        case "linear":
+            return LinearEstimator(size, shape)
+        case "sisrafnet":
+            return SisRafNet(size, shape, recipe.sisrafnet_channels, recipe.sisrafnet_width)
+        case "cevit":
+            places = (tuple(pilots.rows.tolist()), tuple(pilots.columns.tolist()))
+            return CEViT(size, *places, tuple(recipe.cevit_patch), recipe.cevit_width, dropout_rate=recipe.dropout)
+    options = {
+        "width": recipe.width,
+        "num_heads": recipe.num_heads,
+        "num_layers": config.layers[name],
+        "dropout_rate": recipe.dropout,
+        "remat": recipe.remat,
+    }
+    patch = tuple(recipe.patch)
+    if name == "fortitran":
+        return FortiTran(size, shape, patch, **options)
+    tokens = size[0] * size[1] // (patch[0] * patch[1])
+    return AdaFortiTran(size, shape, patch, **options, adapter_sizes=(*recipe.adapter, 2 * tokens))
+
+
+def epoch_length(config: ConfigDict) -> int:
+    """Updates in which as many slots are seen as the set has; 1 without a set."""
+    return max(1, config.training.slots // config.training.batch_size)
+
+
+def optimizer_of(config: ConfigDict) -> optax.GradientTransformation:
+    """Adam on the schedule of the config, whose rate changes once an epoch."""
+    recipe = config.training
+    schedule = make_schedule(
+        recipe.schedule,
+        recipe.rate,
+        recipe.last_rate,
+        recipe.updates,
+        steps_per_change=min(epoch_length(config), recipe.updates),
+    )
+    return make_optimizer("adam", schedule)
+
+
+class Setup(NamedTuple):
+    """What trains a model on a stage, all its seeds or one of them.
+
+    Attributes:
+      model: the network.
+      state: before the first update.
+      train_step: its update.
+      batches: slots; each seed has its own, models the same.
+      keys: of the dropout, one a seed.
+    """
+
+    model: nn.Module
+    state: TrainState
+    train_step: TrainStep
+    batches: OnDevice
+    keys: Array
+
+
+def set_up(
+    stage: str,
+    name: str,
+    seed: int | None,
+    bank: tdl.ChannelBank,
+    config: ConfigDict,
+    jit: Callable[..., Callable] = jit_once,
+) -> Setup:
+    """State, update and batches of a model on a stage: of one seed, or (None) of the population of all."""
+    model, optimizer = network(name, config), optimizer_of(config)
+    pilots = pilots_of(config)
+    probe = (1, len(pilots.rows), len(pilots.columns))
+    seeds = jax.random.split(jax.random.key(config.seed), config.num_seeds)
+    init_keys, data_keys, keys = jnp.moveaxis(jax.vmap(lambda key: jax.random.split(key, 3))(seeds), 1, 0)
+
+    def init(key: Array) -> Any:
+        return model.init(key, jnp.zeros(probe, jnp.complex64), jnp.zeros((1, 3)))["params"]
+
+    def loss_fn(params: Any, extra: Any, batch: tdl.Batch, key: Array) -> tuple:
+        estimate = model.apply(
+            {"params": params}, batch.ls, batch.conditions, deterministic=False, rngs={"dropout": key}
+        )
+        return estimation_loss(batch.h, estimate), (extra, {})
+
+    step = make_train_step(loss_fn, optimizer)
+
+    def batch(key: Array, at: Array) -> tdl.Batch:
+        return draw_slots(key, at, stage, bank, config)
+
+    if seed is None:
+        state = create_population(init, optimizer, init_keys, jit=jit)
+        together = OnDevice(lambda at: jax.vmap(batch, (0, None))(data_keys, at))
+        return Setup(model, state, vmap_step(step), together, keys)
+    state = jit(lambda key: create_state(init(key), optimizer))(init_keys[seed])
+    return Setup(model, state, step, OnDevice(partial(batch, data_keys[seed])), keys[seed])
+
+
+def validation(
+    stage: str, model: nn.Module, bank: tdl.ChannelBank, config: ConfigDict, mesh: Mesh | None
+) -> Callable[[TrainState], dict[str, Array]]:
+    """`state -> {"mse"}` on slots of their own, the same at every call."""
+    recipe = config.training
+    key = jax.random.fold_in(jax.random.key(config.seed), config.num_seeds)
+    chunks = jax.random.split(key, (recipe.validation_slots // recipe.validation_chunk, recipe.validation_chunk))
+
+    def error(params: Any, keys: Array) -> Array:
+        batch = slots_of(keys, stage, bank, config)
+        if mesh is not None:
+            batch = lax.with_sharding_constraint(batch, NamedSharding(mesh, PartitionSpec("data")))
+        return complex_mse(batch.h, model.apply({"params": params}, batch.ls, batch.conditions))
+
+    @jax.jit
+    def evaluate(params: Any) -> Array:
+        return jnp.mean(lax.map(partial(error, params), chunks))
+
+    return lambda state: {"mse": evaluate(state.params)}
+
+
+def train(stage: str, name: str, bank: tdl.ChannelBank, config: ConfigDict, run: Run) -> tuple[nn.Module, Any]:
+    """Trains a model on a stage: the network, and its parameters on the host, a row a seed."""
+    recipe = config.training
+    title = f"{stage}_{name}"
+    every = {"steps_per_call": recipe.updates_per_call, "log_every": recipe.log_every}
+    if config.together:
+        setup = set_up(stage, name, None, bank, config)
+        fitted = run.fit(title, *setup[1:4], recipe.updates, key=setup.keys, **every)
+        return setup.model, to_host(fitted.state.params)
+    found = []
+    for seed in range(config.num_seeds):
+        setup = set_up(stage, name, seed, bank, config)
+        best = run.fit(
+            f"{title}_{seed}",
+            *setup[1:4],
+            recipe.updates,
+            key=setup.keys,
+            **every,
+            evaluate=validation(stage, setup.model, bank, config, run.mesh),
+            evaluate_every=epoch_length(config),
+            minimize="mse",
+            patience=recipe.patience * epoch_length(config),
+        ).best
+        found.append(to_host(best.params))
+    return setup.model, jax.tree.map(lambda *leaves: np.stack(leaves), *found)

@@ -1,0 +1,182 @@
+"""The stages of iTransformer's experiment, preset by preset: what is trained on what. A part of `itransformer`."""
+
+from typing import Any
+
+from jaxpapers.sequence.itransformer import ATTENTIONS
+
+Stages = dict[str, dict[str, Any]]
+
+# The defaults of the paper; D is that of its ETTh2 and Exchange rows.
+STAGE: dict[str, Any] = {
+    "data": "ETTh1",
+    "model": "itransformer",
+    "attention": "full",
+    "factor": 3,  # of ProbSparse attention, that of the authors' scripts for Table 2
+    "components": ("attention", "ffn"),  # on the variate axis, on the temporal axis
+    "look_back": 96,
+    "horizon": 96,
+    "label_len": 48,  # known steps that the decoder of "vanilla" sees
+    "width": 128,
+    "hidden": 128,
+    "num_layers": 2,
+    "num_heads": 8,
+    "dropout": 0.1,
+    "use_norm": True,
+    "marks": True,  # calendar features
+    "distil": False,
+    "channel_independent": False,
+    "train_variates": 0,  # train on the first so many alone; 0: on all
+    "subset": 0,  # train on so many of them in each batch, drawn anew; 0: on all
+    "batch_size": 32,
+    "epochs": 10,
+    "patience": 3,
+    "rate": 1e-4,
+    "num_seeds": 2,
+    "stride": 1,  # between the windows that are scored
+    "dtype": "float32",
+}
+VANILLA = {"model": "vanilla", "use_norm": False}
+LINEAR = {"rate": 5e-3, "marks": False}
+# Table 3: component on the variate axis, component on the temporal axis.
+ABLATIONS = (
+    ("attention", "ffn"),
+    ("attention", "attention"),
+    ("ffn", "attention"),
+    ("ffn", "ffn"),
+    ("attention", "none"),
+    ("none", "ffn"),
+)
+
+
+def stages_of(preset: str) -> Stages:
+    """The stages of a preset, with all their fields.
+
+    Args:
+      preset: "smoke", "small" or "paper".
+    """
+    chosen = {"smoke": _smoke, "small": _small, "paper": _paper}[preset]()
+    return {name: STAGE | stage for name, stage in chosen.items()}
+
+
+def ablation_name(data: str, components: tuple[str, str]) -> str:
+    """The stage of a row of Table 3 that is not the inverted Transformer itself."""
+    return f"{data}_{'_'.join(components)}"
+
+
+def promotion(data: str, fields: dict[str, Any], attentions: tuple[str, ...] = ATTENTIONS) -> Stages:
+    """Table 2: every attention in the Transformer of time tokens and in the inverted one."""
+    stages = {}
+    for attention in attentions:
+        both = fields | {"attention": attention}
+        stages[f"{data}_{attention}_vanilla"] = both | VANILLA | {"distil": attention == "probsparse"}
+        stages[f"{data}_{attention}_inverted"] = both
+    return stages
+
+
+def rivals(data: str, fields: dict[str, Any]) -> Stages:
+    """C1: the inverted Transformer, the vanilla one, and the vanilla one with instance normalisation."""
+    return {
+        f"{data}_inverted": fields,
+        f"{data}_vanilla": fields | VANILLA,
+        f"{data}_vanilla_norm": fields | VANILLA | {"use_norm": True},
+    }
+
+
+def _small() -> Stages:
+    short = {"epochs": 2}
+    synthetic = {"data": "synthetic", "marks": False, "stride": 4, "epochs": 10}
+    join = {"data": "ETTh", "epochs": 3}
+    illness = {"data": "illness", "look_back": 36, "horizon": 24, "label_len": 18, "epochs": 10}
+    return {
+        "etth1_96": {"width": 256, "hidden": 256, "num_seeds": 3},
+        "etth1_dlinear": LINEAR | {"model": "dlinear", "num_seeds": 3},
+        "etth1_rlinear": LINEAR | {"model": "rlinear", "num_seeds": 3},
+        **rivals("etth1", short),
+        **rivals("exchange", short | {"data": "exchange"}),
+        "etth1_none_ffn": short | {"components": ("none", "ffn")},
+        "synthetic_inverted": synthetic,
+        "synthetic_none_ffn": synthetic | {"components": ("none", "ffn")},
+        "synthetic_dlinear": synthetic | LINEAR | {"model": "dlinear"},
+        "synthetic_unseen": synthetic | {"train_variates": 13},
+        "synthetic_unseen_ci": synthetic | VANILLA | {"channel_independent": True, "train_variates": 13, "subset": 1},
+        "synthetic_subset": synthetic | {"subset": 13},
+        **{f"join_look_back_{steps}": join | {"look_back": steps} for steps in (48, 96, 192, 336)},
+        **promotion("illness", illness),
+    }
+
+
+def _smoke() -> Stages:
+    tiny = {"data": "synthetic", "marks": False, "look_back": 24, "horizon": 12, "label_len": 12, "width": 16}
+    tiny |= {"hidden": 16, "num_heads": 2, "batch_size": 8, "epochs": 2, "num_seeds": 1, "stride": 10}
+    return {
+        "synthetic_inverted": tiny | {"num_seeds": 2},
+        "synthetic_vanilla": tiny | VANILLA | {"marks": True},
+        "synthetic_none_ffn": tiny | {"components": ("none", "ffn")},
+        "synthetic_unseen": tiny | {"train_variates": 3},
+        "synthetic_unseen_ci": tiny | VANILLA | {"channel_independent": True, "train_variates": 3, "subset": 2},
+        "synthetic_subset": tiny | {"subset": 3, "attention": "flow", "marks": True},
+        "synthetic_patchtst": tiny | {"model": "patchtst"},
+    }
+
+
+# Data set -> (width, layers, rate, batch, whether calendar features are tokens).
+TABLE: dict[str, tuple[int, int, float, int, bool]] = {
+    "ETTh1": (256, 2, 1e-4, 32, True),
+    "ETTh2": (128, 2, 1e-4, 32, True),
+    "ETTm1": (128, 2, 1e-4, 32, True),
+    "ETTm2": (128, 2, 1e-4, 32, True),
+    "exchange": (128, 2, 1e-4, 32, True),
+    "weather": (512, 3, 1e-4, 32, True),
+    "electricity": (512, 3, 5e-4, 16, True),
+    "traffic": (512, 4, 1e-3, 16, True),
+    "solar": (512, 2, 5e-4, 32, False),
+    "PEMS03": (512, 4, 1e-3, 32, False),
+    "PEMS04": (1024, 4, 5e-4, 32, False),
+    "PEMS07": (512, 4, 1e-3, 32, False),
+    "PEMS08": (512, 4, 1e-3, 32, False),
+}
+HORIZONS = (96, 192, 336, 720)
+PEMS_HORIZONS = (12, 24, 48, 96)
+
+
+def table_row(data: str, horizon: int) -> dict[str, Any]:
+    """The authors' settings of a data set and horizon."""
+    width, layers, rate, batch, marks = TABLE[data]
+    row: dict[str, Any] = {"data": data, "horizon": horizon, "num_layers": layers, "rate": rate, "batch_size": batch}
+    row |= {"width": width, "marks": marks, "num_seeds": 1}
+    near = horizon <= 24
+    if data == "ETTh1" and horizon >= 336:
+        row["width"] = 512
+    if data in ("PEMS07", "PEMS08"):
+        row |= {"num_layers": 2 if near else 4, "batch_size": 32 if near else 16}
+    if data == "PEMS08":
+        row |= {"rate": 1e-4 if near else 1e-3, "use_norm": near}
+    if data in ("PEMS04", "PEMS07"):
+        row["use_norm"] = False
+    return row | {"hidden": row["width"]}
+
+
+def _paper() -> Stages:
+    rows = {
+        f"{data.lower()}_{horizon}": table_row(data, horizon)
+        for data in TABLE
+        for horizon in (PEMS_HORIZONS if data.startswith("PEMS") else HORIZONS)
+    }
+    stages: Stages = dict(rows)
+    for data in ("ETTh1", "electricity", "traffic", "weather"):
+        # The boosting scripts take the code's defaults, with the data set's batch.
+        boosting = table_row(data, 96) | {"width": 512, "hidden": 2048, "num_layers": 2, "rate": 1e-4}
+        stages |= promotion(data.lower(), boosting)
+        stages[f"{data.lower()}_full_vanilla_norm"] = boosting | VANILLA | {"use_norm": True}
+    for data in ("electricity", "traffic"):
+        row, variates = table_row(data, 96), {"electricity": 64, "traffic": 172}[data]  # 20 %
+        alone = {"model": "vanilla", "channel_independent": True, "subset": 8}
+        stages |= {
+            f"{data}_unseen": row | {"train_variates": variates},
+            f"{data}_unseen_ci": row | alone | {"train_variates": variates},
+            f"{data}_subset": row | {"subset": variates},
+        }
+        stages |= {f"{data}_look_back_{steps}": row | {"look_back": steps} for steps in (48, 192, 336, 720)}
+        for components in ABLATIONS[1:]:
+            stages[ablation_name(data, components)] = row | {"components": components}
+    return stages

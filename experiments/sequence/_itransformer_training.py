@@ -1,0 +1,457 @@
+"""Data, models and training of iTransformer's experiment. A part of `itransformer`.
+
+A stage is a model on a data set, all its seeds trained together under `vmap`: epochs of shuffled windows, one epoch a
+scan, Adam at a rate that is halved every epoch from the third on, the best epoch by the validation error. Stages of one
+data set and seed see the same windows in the same order.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from experiments.harness import Run
+from jaxpapers.data.forecasting import (
+    BENCHMARKS,
+    PARTS,
+    Table,
+    Windows,
+    count_windows,
+    delayed_oscillators,
+    load_table,
+    prepare,
+)
+from jaxpapers.nn.attention import probsparse_attention
+from jaxpapers.sequence.itransformer import (
+    DLinear,
+    ITransformer,
+    PatchTST,
+    RLinear,
+    VanillaTransformer,
+    random_variate_subset,
+)
+from jaxpapers.train import (
+    OnDevice,
+    TrainState,
+    TrainStep,
+    create_population,
+    jit_once,
+    make_optimizer,
+    make_train_step,
+    place,
+    read_metrics,
+    to_host,
+    vmap_step,
+)
+
+MODELS = ("itransformer", "vanilla", "dlinear", "rlinear", "patchtst")
+OWN_DATA = "synthetic"
+# Where parameters lie on a mesh with an axis `model`: heads and hidden units are split; axis 0 is that of the seeds.
+MODEL_RULES = (
+    (r"(query|key|value|query_key|up)/kernel$", PartitionSpec(None, None, "model")),
+    (r"(out|down)/kernel$", PartitionSpec(None, "model", None)),
+)
+
+
+def load(name: str, config: ConfigDict) -> Table:
+    """A data set by its name, or the oscillators of the config.
+
+    Raises:
+      DataNotFound: its file is missing and cannot be downloaded.
+    """
+    return _synthetic(config) if name == OWN_DATA else load_table(name)
+
+
+def _synthetic(config: ConfigDict) -> Table:
+    recipe = config.synthetic
+    draw = partial(
+        delayed_oscillators,
+        num_steps=recipe.rows,
+        num_variates=recipe.variates,
+        num_latents=recipe.latents,
+        loadings=recipe.loadings,
+        max_delay=recipe.max_delay,
+        radius=recipe.radius,
+        periods=tuple(recipe.periods),
+        noise=recipe.noise,
+    )
+    values = np.asarray(jit_once(draw)(jax.random.key(config.seed)), np.float64)
+    return Table(values, tuple(map(str, range(recipe.variates))), _hours(recipe.rows))
+
+
+def shape_of(name: str, config: ConfigDict) -> tuple[int, int]:
+    """Rows and variates of a data set, without its file."""
+    if name == OWN_DATA:
+        return config.synthetic.rows, config.synthetic.variates
+    return BENCHMARKS[name].num_rows, BENCHMARKS[name].num_variates
+
+
+def blank(name: str, config: ConfigDict) -> Table:
+    """A table of zeros of the data set's shape: what a plan needs, without a file."""
+    shape = shape_of(name, config)
+    return Table(np.zeros(shape), tuple(map(str, range(shape[1]))), _hours(shape[0]))
+
+
+def _hours(rows: int) -> np.ndarray:
+    return np.datetime64("2020-01-01T00:00:00") + np.arange(rows) * np.timedelta64(3600, "s")
+
+
+class Task(NamedTuple):
+    """The windows of a stage.
+
+    Attributes:
+      windows: of the whole series.
+      parts: numbers of the windows of training, validation and test.
+      std: of each variate in the training rows, in its own unit.
+      mean: likewise.
+    """
+
+    windows: Windows
+    parts: dict[str, range]
+    std: np.ndarray
+    mean: np.ndarray
+
+
+def split_name(name: str) -> str:
+    """How a data set is split, one of `forecasting.SPLITS`."""
+    return "custom" if name == OWN_DATA else BENCHMARKS[name].split
+
+
+def task_of(table: Table, stage: ConfigDict) -> Task:
+    """Standardises a table and numbers the windows of its parts.
+
+    Raises:
+      ValueError: look-back and horizon that a part is too short for; calendar features without timestamps.
+    """
+    data = prepare(table, split_name(stage.data), stage.look_back)
+    if stage.marks and data.marks is None:
+        raise ValueError(f"{stage.data} has no timestamps: stages on it take marks=False")
+    parts = {}
+    for part, (start, stop) in zip(PARTS, data.splits, strict=True):
+        count = count_windows(stop - start, stage.look_back, stage.horizon)
+        parts[part] = range(start, start + count, 1 if part == "train" else stage.stride)
+    windows = Windows(data.series, data.marks if stage.marks else None, stage.look_back, stage.horizon)
+    return Task(windows, parts, data.scaler.std, data.scaler.mean)
+
+
+def model_of(stage: ConfigDict) -> nn.Module:
+    """The network of a stage."""
+    if stage.model == "dlinear":
+        return DLinear(stage.horizon)
+    if stage.model == "rlinear":
+        return RLinear(stage.horizon)
+    sizes = {"d_model": stage.width, "d_ff": stage.hidden, "num_layers": stage.num_layers}
+    sizes |= {"num_heads": stage.num_heads, "dropout_rate": stage.dropout, "dtype": jnp.dtype(stage.dtype)}
+    if stage.model == "patchtst":
+        return PatchTST(stage.horizon, **sizes)
+    attention: Any = stage.attention
+    if attention == "probsparse":
+        attention = partial(probsparse_attention, factor=stage.factor)
+    if stage.model == "itransformer":
+        variate, temporal = stage.components
+        return ITransformer(
+            stage.horizon, attention=attention, variate=variate, temporal=temporal, use_norm=stage.use_norm, **sizes
+        )
+    return VanillaTransformer(
+        stage.horizon,
+        label_len=min(stage.label_len, stage.look_back),
+        attention=attention,
+        distil=stage.distil,
+        use_norm=stage.use_norm,
+        channel_independent=stage.channel_independent,
+        **sizes,
+    )
+
+
+def forecast(
+    model: nn.Module,
+    variables: Any,
+    x: Array,
+    marks: Array | None,
+    key: Array | None = None,
+    keep: Callable[[nn.Module, str], bool] | None = None,
+) -> tuple[Array, Any]:
+    """The forecast of windows, and what changes with it.
+
+    Args:
+      model: the network.
+      variables: its collections.
+      x: (batch, T, N).
+      marks: (batch, T + S, M), or None.
+      key: of the dropout, in training; None: nothing is dropped.
+      keep: which modules' outputs are kept, as of Flax's `capture_intermediates`.
+
+    Returns:
+      y (batch, S, N), and the new batch statistics (in training) or what was kept; None where there are neither.
+    """
+    time = x.shape[1]
+    arguments = [x, None if marks is None else marks[:, :time]]
+    if isinstance(model, VanillaTransformer):
+        arguments.append(None if marks is None else marks[:, time:])
+    if keep is not None:
+        y, kept = model.apply(variables, *arguments, capture_intermediates=keep, mutable="intermediates")
+        return y, kept["intermediates"]
+    if key is None:
+        return model.apply(variables, *arguments), None
+    options = {"deterministic": False, "rngs": {"dropout": key}}
+    if "batch_stats" not in variables:
+        return model.apply(variables, *arguments, **options), None
+    y, changed = model.apply(variables, *arguments, mutable="batch_stats", **options)
+    return y, changed["batch_stats"]
+
+
+def epoch_order(count: int, batch_size: int, epochs: int, seed: int) -> np.ndarray:
+    """(epochs * steps, batch) window numbers: every epoch a permutation of its own, its incomplete batch left out."""
+    steps = count // batch_size
+    rows = []
+    for epoch in range(epochs):
+        generator = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(epoch,)))
+        rows.append(generator.permutation(count)[: steps * batch_size].reshape(steps, batch_size))
+    return np.concatenate(rows).astype(np.int32)
+
+
+def halving(rate: float, epoch: int) -> optax.Schedule:
+    """The authors' "type1": epochs 1 and 2 at the rate, then half of it, a quarter, ..."""
+    return lambda step: rate * 0.5 ** jnp.maximum(step // epoch - 1, 0)
+
+
+class Setup(NamedTuple):
+    """What trains the population of a stage.
+
+    Attributes:
+      model: the network.
+      epoch: updates.
+      state: before the first update, a row a seed. Its `params` are all the variables of the model.
+      train_step: of the population, on window numbers (batch, seeds).
+      batches: these numbers.
+      keys: one a seed.
+    """
+
+    model: nn.Module
+    epoch: int
+    state: TrainState
+    train_step: TrainStep
+    batches: OnDevice
+    keys: Array
+
+
+def set_up(task: Task, stage: ConfigDict, config: ConfigDict, jit: Callable[..., Callable] = jit_once) -> Setup:
+    """Model, loss, optimizer and batches of a stage."""
+    model = model_of(stage)
+    train = task.parts["train"]
+    epoch = len(train) // stage.batch_size
+    variates = task.windows.series.shape[1]
+    trained = stage.train_variates or variates
+
+    def init(key: Array) -> Any:
+        marks = None if task.windows.marks is None else task.windows.marks[None]
+        time, steps = stage.look_back, stage.look_back + stage.horizon
+        arguments = [jnp.zeros((1, time, stage.subset or trained)), None if marks is None else marks[:, :time]]
+        if isinstance(model, VanillaTransformer):
+            arguments.append(None if marks is None else marks[:, time:steps])
+        return dict(model.init(key, *arguments))
+
+    def loss_fn(variables: Any, statistics: Any, index: Array, key: Array) -> tuple:
+        dropout_key, subset_key = jax.random.split(key)
+        x, y, marks = task.windows.gather(index)
+        x, y = x[..., :trained], y[..., :trained]
+        if stage.subset:  # the same for the whole batch
+            chosen = random_variate_subset(subset_key, trained, stage.subset)
+            x, y = x[..., chosen], y[..., chosen]
+        found, statistics = forecast(model, variables, x, marks, dropout_key)
+        return jnp.mean(jnp.square(found - y)), (statistics, {})
+
+    seeds = [config.seed + seed for seed in range(stage.num_seeds)]
+    keys = jax.vmap(partial(jax.random.split, num=2))(jnp.stack([jax.random.key(seed) for seed in seeds]))
+    shapes = jax.eval_shape(init, keys[0, 0])
+    normalised = "batch_stats" in shapes
+    frozen = ("^batch_stats/",) if normalised else ()
+    optimizer = make_optimizer(config.optimizer, halving(stage.rate, epoch), frozen=frozen)
+    extra = jit(jax.vmap(lambda key: init(key)["batch_stats"]))(keys[:, 0]) if normalised else None
+    one_step = vmap_step(make_train_step(loss_fn, optimizer))
+
+    def train_step(state: TrainState, index: Array, keys: Array) -> tuple:
+        state, metrics = one_step(state, index.T, keys)
+        if normalised:  # among the parameters, so that the best ones come with their statistics
+            state = state.replace(params={**state.params, "batch_stats": state.extra})
+        return state, metrics
+
+    order = np.stack([epoch_order(len(train), stage.batch_size, stage.epochs, seed) for seed in seeds], axis=-1)
+    return Setup(
+        model,
+        epoch,
+        create_population(init, optimizer, keys[:, 0], extra, jit),
+        train_step,
+        OnDevice(lambda step: jnp.asarray(order)[step]),
+        keys[:, 1],
+    )
+
+
+@cache
+def errors_program(model: nn.Module, trained: int | None, mesh: Mesh | None) -> Callable:
+    """`(variables, windows, index, weights) -> (seeds, 2, N)`: squared and absolute errors, summed up."""
+
+    def errors(variables: Any, windows: Windows, index: Array, weights: Array) -> Array:
+        if mesh is not None:
+            index = jax.lax.with_sharding_constraint(index, NamedSharding(mesh, PartitionSpec("data")))
+        x, y, marks = windows.gather(index)
+        found, _ = forecast(model, variables, x[..., :trained], marks)
+        wrong = found - y[..., :trained]
+        both = jnp.stack([jnp.square(wrong), jnp.abs(wrong)])
+        return jnp.einsum("ebsn,b->en", both, weights)
+
+    return jax.jit(jax.vmap(errors, (0, None, None, None)))
+
+
+def errors_of(
+    model: nn.Module,
+    variables: Any,
+    task: Task,
+    part: str,
+    chunk: int,
+    trained: int | None = None,
+    mesh: Mesh | None = None,
+) -> np.ndarray:
+    """(seeds, 2, N): mean squared and absolute error of each variate, over all windows and steps of a part.
+
+    Args:
+      model: the network.
+      variables: of all seeds.
+      task: the windows.
+      part: "validation" or "test".
+      chunk: windows that are forecast together.
+      trained: only the first so many variates; None: all.
+      mesh: whose axis `data` shares a chunk; None for one device.
+    """
+    program = errors_program(model, trained, mesh)
+    numbers = np.asarray(task.parts[part], np.int32)
+    windows = jax.device_put(task.windows) if mesh is None else place(task.windows, whole(task.windows, mesh))
+    total: Any = 0.0
+    for start in range(0, len(numbers), chunk):
+        index = numbers[start : start + chunk]
+        weights = np.pad(np.ones(len(index), np.float32), (0, chunk - len(index)))
+        # One shape for all chunks: the last one is filled up with windows that count nothing.
+        sums = program(variables, windows, np.resize(index, chunk), weights)
+        total = total + np.asarray(to_host(sums), np.float64)
+    return total / (len(numbers) * task.windows.horizon)
+
+
+def whole(tree: Any, mesh: Mesh) -> Any:
+    """The sharding of what lies whole on every device, for each leaf."""
+    return jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), tree)
+
+
+def given_up(scores: Sequence[np.ndarray], patience: int) -> np.ndarray:
+    """Which models had given up before the last of these evaluations: `patience` of them without a better score.
+
+    Args:
+      scores: (models,) of each evaluation, in order.
+      patience: evaluations.
+    """
+    rows = np.nan_to_num(scores, nan=np.inf)  # NaN counts as worst
+    stopped = np.zeros(rows.shape[1], bool)
+    for end in range(1, len(rows)):
+        stopped |= end - 1 - np.argmin(rows[:end], axis=0) >= patience
+    return stopped
+
+
+class Trained(NamedTuple):
+    """The models of a stage, each at its best epoch.
+
+    Attributes:
+      stage: its fields of the config.
+      task: its windows.
+      model: the network.
+      variables: a row a seed.
+      metrics: `mse`, `mae`, `best_epoch`, ... of every seed.
+    """
+
+    stage: ConfigDict
+    task: Task
+    model: nn.Module
+    variables: Any
+    metrics: dict[str, Any]
+
+
+def chunk_of(stage: ConfigDict, variates: int, config: ConfigDict, mesh: Mesh | None) -> int:
+    """Windows that are forecast together; channel-independent models make a sample of each variate."""
+    alone = stage.channel_independent or stage.model == "patchtst"
+    devices = mesh.shape["data"] if mesh else 1
+    return -(-max(config.evaluate_batch // (variates if alone else 1), 1) // devices) * devices
+
+
+def rules_of(stage: ConfigDict, mesh: Mesh | None) -> tuple:
+    """How a stage's parameters lie on a mesh."""
+    attends = stage.model in ("itransformer", "vanilla", "patchtst")
+    split = mesh is not None and mesh.shape["model"] > 1 and attends
+    return MODEL_RULES if split else ()
+
+
+def calls_of(epoch: int, updates_per_call: int) -> int:
+    """Updates of one program: the largest divisor of an epoch that is not above `updates_per_call`."""
+    return max(updates for updates in range(1, min(epoch, updates_per_call) + 1) if epoch % updates == 0)
+
+
+def train(name: str, table: Table, config: ConfigDict, run: Run) -> Trained:
+    """Trains a stage and scores it on the test windows."""
+    stage = config.stages[name]
+    task = task_of(table, stage)
+    setup = set_up(task, stage, config)
+    variates = task.windows.series.shape[1]
+    chunk = chunk_of(stage, variates, config, run.mesh)
+    # Validation sees what training sees: the variates that are trained on.
+    trained = stage.train_variates or None
+    past: list[np.ndarray] = []
+
+    def evaluate(state: TrainState) -> dict[str, Any]:
+        if not past:  # of a run that was stopped and resumed
+            lines = read_metrics(run.workdir, name)
+            before = [line["eval/mse"] for line in lines if "eval/mse" in line and line["step"] < int(state.step)]
+            past.extend(np.asarray(row, float) for row in before)
+        mse = errors_of(setup.model, state.params, task, "validation", chunk, trained, run.mesh)[:, 0].mean(axis=-1)
+        past.append(mse)
+        # A model that would have stopped by itself does not profit from the others' going on.
+        return {"mse": mse, "score": np.where(given_up(past, stage.patience), np.inf, mse)}
+
+    run.say(f"{name}: {stage.model} x {stage.num_seeds} seeds on {stage.data}, {stage.epochs} x {setup.epoch} updates")
+    updates_per_call = calls_of(setup.epoch, config.updates_per_call)
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(setup.state.params["params"])) // stage.num_seeds
+    fitted = run.fit(
+        name,
+        setup.state,
+        setup.train_step,
+        setup.batches,
+        stage.epochs * setup.epoch,
+        key=setup.keys,
+        steps_per_call=updates_per_call,
+        log_every=setup.epoch,
+        evaluate=evaluate,
+        evaluate_every=setup.epoch,
+        minimize="score",
+        patience=stage.patience * setup.epoch,
+        checkpoint_every=config.checkpoint_epochs * setup.epoch,
+        rules=rules_of(stage, run.mesh),
+    )
+    errors = errors_of(setup.model, fitted.best.params, task, "test", chunk, None, run.mesh)
+    mse, mae = errors.mean(axis=-1).T
+    metrics = {
+        "mse": mse,
+        "mae": mae,
+        "validation_mse": to_host(fitted.best.score),
+        "best_epoch": to_host(fitted.best.step) // setup.epoch,
+        "epochs": stage.epochs,
+        "parameters": parameters,
+    }
+    if stage.train_variates:
+        metrics |= {"mse_seen": errors[:, 0, : stage.train_variates].mean(axis=-1)}
+        metrics |= {"mse_unseen": errors[:, 0, stage.train_variates :].mean(axis=-1)}
+    run.say(f"{name}: MSE {', '.join(f'{value:.3f}' for value in mse)}")
+    return Trained(stage, task, setup.model, fitted.best.params, metrics)

@@ -1,0 +1,294 @@
+"""The language models: dense (1.3B) and mixture of experts (1B active of 7B), which differ in the block's second half.
+
+Pre-norm blocks with RMSNorm, rotary positions, no biases, an untied head.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from jaxpapers.components.polycom.feed_forward import GATED, FeedForward, Initializer, matched_hidden, small_init
+from jaxpapers.components.polycom.moe import MoEFeedForward
+from jaxpapers.nn.stack import Stack
+from jaxpapers.nn.transformer import rotary
+
+AnyArray = Array | np.ndarray
+
+NORM_EPSILON = 1e-5
+truncated_init = nn.initializers.truncated_normal(0.02, lower=-3.0, upper=3.0)  # OLMoE's, of every matrix
+COEFFICIENTS = ("coeffs", "slope")
+
+
+class Attention(nn.Module):
+    """Causal self-attention with rotary positions, without biases; `nn.transformer`'s with an initialisation.
+
+    Attributes:
+        num_heads: they divide the width.
+        qk_norm: RMSNorm over the whole width of queries and of keys, before they are turned (OLMoE).
+        kernel_init: of query, key and value.
+        out_init: of the output projection.
+        dtype: of the computation; None: that of inputs and parameters.
+    """
+
+    num_heads: int
+    qk_norm: bool
+    kernel_init: Initializer
+    out_init: Initializer
+    dtype: DTypeLike | None = None
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch time width"]) -> Float[Array, "batch time width"]:
+        """Attends.
+
+        Raises:
+            ValueError: heads that do not divide the width; an odd width of a head.
+        """
+        _, steps, width = x.shape
+        if width % self.num_heads:
+            raise ValueError(f"{self.num_heads} heads do not divide the width {width}")
+        shape = (self.num_heads, width // self.num_heads)
+
+        def project(name: str) -> Array:
+            dense = nn.DenseGeneral(shape, use_bias=False, kernel_init=self.kernel_init, dtype=self.dtype, name=name)
+            return dense(x)
+
+        q, k, v = (project(name) for name in ("query", "key", "value"))
+        if self.qk_norm:
+            axes = (-2, -1)
+            q, k = (
+                nn.RMSNorm(NORM_EPSILON, dtype=self.dtype, reduction_axes=axes, feature_axes=axes, name=name)(each)
+                for name, each in (("query_norm", q), ("key_norm", k))
+            )
+        q, k = (rotary(each, jnp.arange(steps)) for each in (q, k))
+        out = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+        return nn.DenseGeneral(
+            width, axis=(-2, -1), use_bias=False, kernel_init=self.out_init, dtype=self.dtype, name="out"
+        )(out)
+
+
+class TransformerBlock(nn.Module):
+    """x <- x + Attention(RMSNorm(x)); x <- x + FFN(RMSNorm(x)).
+
+    Attributes:
+        num_heads: of the attention.
+        feed_forward: makes the second half from `dtype` and `name`.
+        qk_norm: see `Attention`.
+        kernel_init: of query, key and value.
+        out_init: of the attention's output projection.
+        dtype: of the computation; None: that of inputs and parameters.
+    """
+
+    num_heads: int
+    feed_forward: Callable[..., nn.Module]
+    qk_norm: bool
+    kernel_init: Initializer
+    out_init: Initializer
+    dtype: DTypeLike | None = None
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "batch time width"], mask: Bool[Array, "batch time"] | None = None
+    ) -> Float[Array, "batch time width"]:
+        """Applies the block; a mask goes to the second half."""
+        attention = Attention(
+            self.num_heads, self.qk_norm, self.kernel_init, self.out_init, self.dtype, name="attention"
+        )
+        x = x + attention(nn.RMSNorm(NORM_EPSILON, dtype=self.dtype, name="attention_norm")(x))
+        y = nn.RMSNorm(NORM_EPSILON, dtype=self.dtype, name="mlp_norm")(x)
+        mlp = self.feed_forward(dtype=self.dtype, name="mlp")
+        return x + (mlp(y) if mask is None else mlp(y, mask))
+
+
+class TransformerLM(nn.Module):
+    """Language model: embedding, blocks, RMSNorm, untied linear head.
+
+    Attributes:
+        width: of the residual stream.
+        num_layers: blocks.
+        num_heads: of the attention.
+        hidden: units of an ungated feed-forward block (of an expert); a gated one gets `matched_hidden` of it.
+        vocab_size: tokens.
+        activation: one of `ACTIVATIONS`.
+        order: of the learned ones.
+        num_experts: 0: dense; otherwise every block is a `MoEFeedForward` of so many.
+        top_k: experts a token.
+        qk_norm: RMSNorm of queries and keys.
+        kernel_init: of all matrices but output projections; None: `small_init`, N(0, 2 / (5 width)).
+        out_init: of output projections; None: `kernel_init`'s, with `small_init` divided by sqrt(2 num_layers).
+        dtype: of the computation, such as bfloat16; None: that of the parameters. Logits are float32 at least.
+        block: rows of a block of experts (see `grouped_dot`).
+        mesh: where the experts' tokens lie (see `MoEFeedForward`).
+        remat: compute activations again in the backward pass (see `Stack`).
+        scan: one program for all layers (see `Stack`).
+    """
+
+    width: int
+    num_layers: int
+    num_heads: int
+    hidden: int
+    vocab_size: int
+    activation: str = "polynorm"
+    order: int = 3
+    num_experts: int = 0
+    top_k: int = 0
+    qk_norm: bool = False
+    kernel_init: Initializer | None = None
+    out_init: Initializer | None = None
+    dtype: DTypeLike | None = None
+    block: int = 1
+    mesh: Mesh | None = None
+    remat: bool = False
+    scan: bool = False
+
+    @nn.compact
+    def __call__(
+        self, tokens: Int[AnyArray, "batch time"], mask: Bool[AnyArray, "batch time"] | None = None
+    ) -> Float[Array, "batch time vocab"]:
+        """Logits of the token that follows, at every step.
+
+        Args:
+            tokens: inputs.
+            mask: False for padding behind a sequence's end: it is not routed to experts. A dense model has no need of
+                it: attention is causal.
+
+        Raises:
+            ValueError: see `Attention`, `FeedForward` and `MoEFeedForward`; units that have no gated match.
+        """
+        kernel_init = self.kernel_init or small_init(self.width)
+        out_init = self.out_init or self.kernel_init or _scaled(kernel_init, 1 / math.sqrt(2 * self.num_layers))
+        make: Callable[..., nn.Module] = FeedForward
+        if self.num_experts:
+            make = partial(MoEFeedForward, num_experts=self.num_experts, top_k=self.top_k, block=self.block)
+            make = partial(make, mesh=self.mesh)
+        feed_forward = partial(
+            make,
+            hidden=matched_hidden(self.hidden) if self.activation in GATED else self.hidden,
+            activation=self.activation,
+            order=self.order,
+            kernel_init=kernel_init,
+            out_init=out_init,
+        )
+        options = {
+            "num_heads": self.num_heads,
+            "feed_forward": feed_forward,
+            "qk_norm": self.qk_norm,
+            "kernel_init": kernel_init,
+            "out_init": out_init,
+            "dtype": self.dtype,
+        }
+        embed = nn.Embed(self.vocab_size, self.width, embedding_init=kernel_init, dtype=self.dtype, name="embed")
+        stack = Stack(TransformerBlock, self.num_layers, options, remat=self.remat, scan=self.scan, name="blocks")
+        shared = (jnp.asarray(mask),) if mask is not None and self.num_experts else ()
+        x = stack(embed(tokens), *shared)
+        x = nn.RMSNorm(NORM_EPSILON, dtype=self.dtype, name="norm")(x)
+        head = nn.Dense(self.vocab_size, use_bias=False, kernel_init=kernel_init, dtype=self.dtype, name="head")
+        logits = head(x)
+        return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+
+
+def _scaled(init: Initializer, factor: float) -> Initializer:
+    return lambda *args, **options: factor * init(*args, **options)
+
+
+class Size(NamedTuple):
+    """A model of the paper and how it was trained.
+
+    Attributes:
+        width: of the residual stream.
+        num_layers: blocks.
+        num_heads: of the attention.
+        hidden: units of an ungated block (of an expert).
+        vocab_size: tokens of its tokenizer (LLaMA's; GPT-NeoX's, padded).
+        num_experts: 0: dense.
+        top_k: experts a token.
+        learning_rate: peak of the cosine to a tenth.
+        warmup: share of the updates.
+        batch_size: sequences of 4096 tokens.
+        steps: of the optimiser.
+        decay_all: weight decay of norms and embeddings, too (see `weight_decay_mask`).
+    """
+
+    width: int
+    num_layers: int
+    num_heads: int
+    hidden: int
+    vocab_size: int
+    num_experts: int
+    top_k: int
+    learning_rate: float
+    warmup: float
+    batch_size: int
+    steps: int
+    decay_all: bool
+
+
+CONTEXT = 4096
+SIZES = {
+    # 100 billion tokens as in the authors' script (the paper: 250), 0.62 of them warm-up; 200 billion, 10.5.
+    "1B": Size(2048, 24, 16, 8256, 32_000, 0, 0, 3e-4, 0.0062, 64, 381_470, False),
+    "1B-7B": Size(2048, 16, 16, 1536, 50_304, 64, 8, 4e-4, 0.0524, 1024, 47_684, True),
+}
+
+
+def language_model(
+    size: Size,
+    activation: str = "polynorm",
+    *,
+    order: int = 3,
+    dtype: DTypeLike | None = None,
+    mesh: Mesh | None = None,
+    remat: bool = False,
+    scan: bool = False,
+) -> TransformerLM:
+    """A model of the paper, with OLMoE's initialisation and norms where it has experts.
+
+    Args:
+        size: such as `SIZES["1B"]`.
+        activation: one of `ACTIVATIONS`.
+        order: as of `TransformerLM`, like what follows.
+        dtype: of the computation.
+        mesh: where the experts' tokens lie.
+        remat: compute activations again in the backward pass.
+        scan: one program for all layers.
+    """
+    init = truncated_init if size.num_experts else None
+    return TransformerLM(
+        *size[:5],
+        activation=activation,
+        order=order,
+        num_experts=size.num_experts,
+        top_k=size.top_k,
+        qk_norm=bool(size.num_experts),
+        kernel_init=init,
+        dtype=dtype,
+        mesh=mesh,
+        remat=remat,
+        scan=scan,
+    )
+
+
+def weight_decay_mask(params: PyTree, decay_all: bool = False, coefficients: bool = True) -> PyTree[bool]:
+    """True for the leaves that AdamW shall decay.
+
+    Args:
+        params: of a model here.
+        decay_all: norms and embeddings, too (OLMoE's code); otherwise matrices alone (the dense model's).
+        coefficients: of the activations.
+    """
+
+    def decays(path: tuple, _: object) -> bool:
+        names = [jax.tree_util.keystr((key,), simple=True) for key in path]
+        if names[-1] in COEFFICIENTS:
+            return coefficients
+        return decay_all or names[-1] not in ("scale", "embedding")
+
+    return jax.tree.map_with_path(decays, params)

@@ -1,0 +1,102 @@
+"""Vision Transformer (Dosovitskiy et al., arXiv 2010.11929): patches as tokens, pre-norm blocks, one vector out.
+
+encoder = ViTB16()
+z = encoder.apply(encoder.init(key, images), images)
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from jaxpapers.nn.attention import AttentionFunction, full_attention
+from jaxpapers.nn.encoder import LAYER_NORM_EPSILON, EncoderBlock
+from jaxpapers.nn.initializers import torch_dense
+from jaxpapers.nn.stack import Stack
+
+AnyArray = Array | np.ndarray
+POOLS = ("class", "mean")
+
+
+def patchify(
+    images: Float[AnyArray, "batch height width channels"], patch: int
+) -> Float[Array, "batch patches patch_pixels"]:
+    """Cuts images into squares, row by row; a patch is flattened row by row, channels last.
+
+    Raises:
+        ValueError: a patch that does not divide height and width.
+    """
+    batch, height, width, channels = images.shape
+    if patch < 1 or height % patch or width % patch:
+        raise ValueError(f"patches of {patch} pixels do not divide images of {height} x {width}")
+    grid = jnp.asarray(images).reshape(batch, height // patch, patch, width // patch, patch, channels)
+    return grid.swapaxes(2, 3).reshape(batch, -1, patch * patch * channels)
+
+
+class ViT(nn.Module):
+    """Images to one vector each.
+
+    The patches' layer starts as torch.nn.Linear, blocks as torch's encoder layers, the learned positions are
+    N(0, 0.02^2), the class token is 0.
+
+    Attributes:
+        patch: pixels of a patch's side.
+        width: of the tokens, and of the result.
+        num_layers: blocks.
+        num_heads: of the attention.
+        hidden: units of the MLPs.
+        pool: "class": the token that is put before the patches; "mean": the mean of the patches' tokens.
+        attention: any function of `nn.attention`.
+        remat: compute the activations of a block again in the backward pass.
+        scan: one block in the program instead of num_layers (see `nn.stack`).
+        dtype: of the computation; None: that of inputs and parameters. The result is float32 at least.
+    """
+
+    patch: int
+    width: int
+    num_layers: int
+    num_heads: int
+    hidden: int
+    pool: str = "class"
+    attention: AttentionFunction = full_attention
+    remat: bool = False
+    scan: bool = False
+    dtype: DTypeLike | None = None
+
+    @nn.compact
+    def __call__(self, x: Float[AnyArray, "batch height width channels"]) -> Float[Array, "batch features"]:
+        """Features of images.
+
+        Raises:
+            ValueError: an unknown pool; patches that do not divide the images, heads that do not divide the width.
+        """
+        if self.pool not in POOLS:
+            raise ValueError(f"pool {self.pool!r} is unknown, expected one of {POOLS}")
+        patches = patchify(x, self.patch)
+        tokens = torch_dense(self.width, patches.shape[-1], dtype=self.dtype, name="patches")(patches)
+        if self.pool == "class":
+            token = self.param("class_token", nn.initializers.zeros, (1, 1, self.width))
+            shape = (len(x), 1, self.width)
+            tokens = jnp.concatenate([jnp.broadcast_to(token.astype(tokens.dtype), shape), tokens], axis=1)
+        positions = self.param("positions", nn.initializers.normal(0.02), tokens.shape[1:])
+        options = {
+            "num_heads": self.num_heads,
+            "hidden": self.hidden,
+            "norm": "pre",
+            "attention": self.attention,
+            "packed": True,
+            "dtype": self.dtype,
+        }
+        stack = Stack(EncoderBlock, self.num_layers, options, self.remat, self.scan, name="blocks")
+        tokens = stack(tokens + positions.astype(tokens.dtype))
+        exact = jnp.promote_types(tokens.dtype, jnp.float32)
+        tokens = nn.LayerNorm(LAYER_NORM_EPSILON, dtype=exact, name="norm")(tokens)
+        return tokens[:, 0] if self.pool == "class" else jnp.mean(tokens, axis=1)
+
+
+ViTS16: Callable[..., ViT] = partial(ViT, 16, 384, 12, 6, 1536)
+ViTB16: Callable[..., ViT] = partial(ViT, 16, 768, 12, 12, 3072)

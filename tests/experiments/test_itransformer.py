@@ -1,0 +1,410 @@
+"""iTransformer's experiment: the smoke run through the command line, its parts by hand, forecasts of a csv."""
+
+import csv
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import cli, launch
+from experiments.catalogue import UsageError
+from experiments.harness import check_claims
+from experiments.sequence import _itransformer_analysis as analysis
+from experiments.sequence import _itransformer_forecast as own_data
+from experiments.sequence import _itransformer_training as training
+from experiments.sequence import itransformer as experiment
+from experiments.sequence._itransformer_stages import table_row
+from jaxpapers.data.forecasting import CorruptData
+from jaxpapers.train import make_mesh
+
+# The measured column of the card's table of claims, and the paper's own figures, or their like, where it has none.
+MEASURED = {
+    "etth1_inverted/mse": [0.404, 0.402],
+    "etth1_vanilla/mse": [0.895, 0.895],
+    "etth1_vanilla_norm/mse": [0.5, 0.5],
+    "etth1_vanilla/epochs": 4,
+    "exchange_inverted/mse": [0.178, 0.178],
+    "exchange_vanilla/mse": [0.277, 0.277],
+    "exchange_vanilla_norm/mse": [0.2, 0.2],
+    "etth1_96/mse": [0.385, 0.385, 0.386],
+    "etth1_96/mae": [0.402, 0.401, 0.402],
+    "etth1_dlinear/mse": [0.390],
+    "etth1_dlinear/mae": [0.405],
+    "synthetic_inverted/mse": [0.30, 0.30],
+    "synthetic_none_ffn/mse": [0.45, 0.45],
+    "synthetic_dlinear/mse": [0.5, 0.5],
+    "etth1_none_ffn/mse": [0.399, 0.399],
+    "synthetic_unseen/mse_seen": [0.32, 0.32],
+    "synthetic_unseen/mse_unseen": [0.36, 0.36],
+    "synthetic_unseen_ci/mse_unseen": [0.5, 0.5],
+    "synthetic_subset/mse": [0.31, 0.31],
+    "synthetic_subset/update_ms": 30.0,
+    "synthetic_inverted/update_ms": 90.0,
+    **{f"join_look_back_{T}/mse": [mse, mse] for T, mse in ((48, 0.40), (96, 0.39), (192, 0.38), (336, 0.39))},
+}
+
+
+def status(changes):
+    return {claim["id"]: claim["status"] for claim in check_claims(experiment.CLAIMS, {**MEASURED, **changes})}
+
+
+def test_claims_hold_on_the_cards_figures():
+    assert set(status({}).values()) == {"holds"}
+    texts = {claim["id"]: claim["ours"] for claim in check_claims(experiment.CLAIMS, MEASURED)}
+    assert texts["inversion"].startswith(
+        "etth1: inverted 0.403 (0.404, 0.402), vanilla 0.895 (0.895, 0.895), ratio 0.45; vanilla with instance norm 0.5"
+    )
+    assert texts["inversion"].endswith("4 epochs")
+    assert texts["table_row"].endswith("DLinear 0.3900 / 0.4050")
+    assert texts["subset_training"].endswith("ratio 1.03; time of an update 0.33 times")
+    assert "ETTh1: with 0.403 (0.404, 0.402), without 0.399" in texts["variates_matter"]
+
+
+@pytest.mark.parametrize(
+    ("claim", "changes"),
+    [
+        ("inversion", {"etth1_inverted/mse": [0.68, 0.68]}),
+        ("inversion", {"exchange_vanilla/mse": [0.23, 0.23]}),
+        ("table_row", {"etth1_96/mse": [0.404, 0.402, 0.403]}),
+        ("table_row", {"etth1_96/mse": [0.37, 0.37, 0.37]}),
+        ("table_row", {"etth1_96/mae": [0.412, 0.412, 0.412]}),
+        ("variates_matter", {"synthetic_inverted/mse": [0.37, 0.37]}),
+        ("variates_matter", {"synthetic_inverted/mse": ["nan", 0.1]}),
+        ("unseen_variates", {"synthetic_unseen/mse_unseen": [0.41, 0.41]}),
+        ("unseen_variates", {"synthetic_unseen_ci/mse_unseen": [0.35, 0.35]}),
+        ("subset_training", {"synthetic_subset/mse": [0.34, 0.34]}),
+        ("look_back", {"join_look_back_192/mse": [0.41, 0.41], "join_look_back_336/mse": [0.41, 0.41]}),
+    ],
+)
+def test_claims_fail_where_they_should(claim, changes):
+    assert status(changes)[claim] == "fails"
+
+
+def test_the_smoke_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("JAXPAPERS_DATA", str(tmp_path / "nothing"))  # it must need no file
+    assert cli.main(["run", "itransformer:smoke", f"--workdir={tmp_path / 'run'}"]) == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    drawn = {path.stem for path in (tmp_path / "run" / "figures").iterdir()}
+    assert drawn == {"promotion", "variates", "forecasts", "attention"}
+    metrics = results["metrics"]
+    for name, stage in results["config"]["stages"].items():
+        for measure in ("mse", "mae"):
+            assert np.shape(metrics[f"{name}/{measure}"]) == (stage["num_seeds"],)
+            assert np.isfinite(metrics[f"{name}/{measure}"]).all()
+        assert 1 <= metrics[f"{name}/best_epoch"][0] <= stage["epochs"]
+    assert 0 <= metrics["synthetic_inverted/cka"][0] <= 1
+    assert np.shape(metrics["synthetic_inverted/attention/first_past"]) == (2,)
+    seen, unseen = (metrics[f"synthetic_unseen/mse_{part}"][0] for part in ("seen", "unseen"))
+    np.testing.assert_allclose((3 * seen + 5 * unseen) / 8, metrics["synthetic_unseen/mse"][0], rtol=1e-6)
+    assert metrics["synthetic_subset/update_bytes"] > 0
+    statuses = {claim["id"]: claim["status"] for claim in results["claims"]}
+    assert statuses["table_row"] == "not run: no etth1_96/mse"
+    assert not statuses["variates_matter"].startswith("not run")
+
+
+@pytest.fixture(scope="module")
+def smoke():
+    return experiment.get_config("smoke")
+
+
+@pytest.fixture(scope="module")
+def table(smoke):
+    return training.load("synthetic", smoke)
+
+
+def test_epochs_visit_every_window_once_and_leave_incomplete_batches_out():
+    order = training.epoch_order(21, 4, 3, seed=5)
+    assert order.shape == (15, 4)
+    epochs = order.reshape(3, -1)
+    assert all(len(set(row)) == 20 and set(row) <= set(range(21)) for row in epochs.tolist())
+    assert len({tuple(row) for row in epochs.tolist()}) == 3
+    np.testing.assert_array_equal(
+        training.epoch_order(21, 4, 2, seed=5), order[:10]
+    )  # more epochs change no earlier one
+    assert (training.epoch_order(21, 4, 3, seed=6) != order).any()
+
+
+def test_the_rate_is_halved_from_the_third_epoch_on():
+    schedule = training.halving(1e-4, 10)
+    rates = [float(schedule(step)) for step in (0, 9, 10, 19, 20, 29, 30, 99)]
+    np.testing.assert_allclose(rates, np.array([1, 1, 1, 1, 1 / 2, 1 / 2, 1 / 4, 2.0**-8]) * 1e-4, rtol=1e-6)
+
+
+def test_a_model_that_has_given_up_stays_so():
+    scores = [[3.0, 3.0], [2.0, 4.0], [2.5, 5.0], [2.6, 1.0], [1.9, 0.5]]
+    given_up = [training.given_up(np.array(scores[:count]), 2).tolist() for count in range(1, 6)]
+    # The second had two worse epochs behind its best before the fourth; the first before the fifth.
+    assert given_up == [[False, False]] * 3 + [[False, True], [True, True]]
+    assert training.given_up([np.array([np.nan]), np.array([2.0]), np.array([3.0])], 2).tolist() == [False]
+
+
+def test_calls_are_whole_parts_of_an_epoch():
+    assert [training.calls_of(264, most) for most in (1000, 264, 100, 7, 1)] == [264, 264, 88, 6, 1]
+    assert training.calls_of(263, 100) == 1  # a prime
+
+
+def test_errors_are_means_over_all_windows(smoke, table):
+    stage = smoke.stages.synthetic_inverted
+    task = training.task_of(table, stage)
+    setup = training.set_up(task, stage, smoke)
+    with launch._quick_compilation(True):
+        found = training.errors_of(setup.model, setup.state.params, task, "test", 16)
+    wrong = []
+    for start in task.parts["test"]:  # one by one, from the table
+        rows = (table.values[start : start + 36] - task.mean) / task.std
+        x, y = np.float32(rows[None, :24]), rows[24:]
+        wrong.append(setup.model.apply(jax.tree.map(lambda leaf: leaf[1], setup.state.params), x)[0] - y)
+    expected = np.square(wrong).mean(axis=(0, 1)), np.abs(wrong).mean(axis=(0, 1))
+    np.testing.assert_allclose(found[1], expected, rtol=1e-4)  # float32
+    assert task.parts["test"].start == 300 - 60 - 24  # 20 % of the rows, and the look-back before them
+    assert len(task.parts["test"]) == -(-(60 + 24 - 36 + 1) // 10)  # every tenth window
+
+
+def test_a_subset_of_all_variates_is_ordinary_training(smoke, table):
+    losses = {}
+    for subset in (0, 8):
+        stage = smoke.stages.synthetic_inverted.copy_and_resolve_references()
+        stage.update({"subset": subset, "dropout": 0.0})
+        setup = training.set_up(training.task_of(table, stage), stage, smoke)
+        with launch._quick_compilation(True):
+            step = jax.jit(setup.train_step)
+            state, metrics = step(setup.state, setup.batches.batch_at(0), setup.keys)
+            _, later = step(state, setup.batches.batch_at(1), setup.keys)
+        losses[subset] = metrics["loss"], metrics["grad_norm"], later["loss"]
+    np.testing.assert_allclose(losses[0], losses[8], rtol=1e-4)  # sums in another order, and Adam after them
+
+
+def test_rivals_see_the_same_windows_in_the_same_order(smoke, table):
+    batches = []
+    for name in ("synthetic_inverted", "synthetic_vanilla"):
+        stage = smoke.stages[name]
+        setup = training.set_up(training.task_of(table, stage), stage, smoke)
+        batches.append(np.stack([setup.batches.batch_at(step)[:, 0] for step in range(5)]))
+    np.testing.assert_array_equal(*batches)
+
+
+def test_batch_statistics_come_with_the_best_parameters(smoke, table):
+    stage = smoke.stages.synthetic_patchtst
+    setup = training.set_up(training.task_of(table, stage), stage, smoke)
+    with launch._quick_compilation(True):
+        state, _ = jax.jit(setup.train_step)(setup.state, setup.batches.batch_at(0), setup.keys)
+    before, after = (jax.tree.leaves(each.params["batch_stats"]) for each in (setup.state, state))
+    assert any(np.abs(a - b).max() > 1e-4 for a, b in zip(before, after, strict=True))
+    for a, b in zip(after, jax.tree.leaves(state.extra), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_lagged_correlations_by_hand():
+    t = np.arange(60)
+    leader = np.sin(2 * np.pi * t / 15)
+    follower = np.roll(leader, 3)
+    other = np.cos(2 * np.pi * t / 4)
+    x = np.stack([leader, follower, other], axis=-1)[None]
+    found = analysis.lagged_correlations(x, 5)
+    assert found[1, 0] == pytest.approx(1, abs=1e-6)  # the follower is the leader's past
+    assert found[0, 1] < 0.95  # the reverse takes a lag of 12
+    assert found[0, 2] < 0.2
+    np.testing.assert_allclose(np.diag(found), 1)
+
+
+def test_paper_is_the_authors_setting():
+    config = experiment.get_config("paper")
+    experiment.check_config(config)
+    assert len([name for name in config.stages if config.stages[name].data.startswith("PEMS")]) == 16
+    for data, horizon, expected in (
+        ("ETTh1", 192, (256, 2, 1e-4, 32, True, True)),
+        ("ETTh1", 336, (512, 2, 1e-4, 32, True, True)),
+        ("traffic", 720, (512, 4, 1e-3, 16, True, True)),
+        ("solar", 96, (512, 2, 5e-4, 32, True, False)),
+        ("PEMS03", 12, (512, 4, 1e-3, 32, True, False)),
+        ("PEMS04", 96, (1024, 4, 5e-4, 32, False, False)),
+        ("PEMS07", 12, (512, 2, 1e-3, 32, False, False)),
+        ("PEMS07", 48, (512, 4, 1e-3, 16, False, False)),
+        ("PEMS08", 24, (512, 2, 1e-4, 32, True, False)),
+        ("PEMS08", 96, (512, 4, 1e-3, 16, False, False)),
+    ):
+        row = table_row(data, horizon)
+        assert row["hidden"] == row["width"]
+        assert expected == tuple(
+            row.get(field, True) for field in ("width", "num_layers", "rate", "batch_size", "use_norm", "marks")
+        )
+        stage = config.stages[f"{data.lower()}_{horizon}"]
+        assert (stage.epochs, stage.patience, stage.look_back, stage.dropout) == (10, 3, 96, 0.1)
+    with pytest.raises(ValueError, match="preset must be smoke, small or paper"):
+        experiment.get_config("tiny")
+
+
+def test_a_row_of_the_paper_is_planned_for_a_mesh_without_its_file():
+    config = experiment.get_config("paper")
+    config.only = ("weather_96",)
+    found = experiment.programs(config, make_mesh(data=4, model=2))
+    assert set(found) == {"weather_96/updates", "weather_96/errors"}
+    update, arguments = found["weather_96/updates"]
+    state, _ = jax.eval_shape(update, *arguments)
+    kernel = arguments[0].params["params"]["encoder"]["layers_2"]["tokens"]["query"]["kernel"]
+    assert (kernel.shape, kernel.sharding.spec) == ((1, 512, 512), (None, None, "model"))
+    assert jax.tree.structure(state) == jax.tree.structure(arguments[0])
+    errors, arguments = found["weather_96/errors"]
+    assert jax.eval_shape(errors, *arguments).shape == (1, 2, 21)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("only", ("etth1",), r"config.only=\('etth1',\) must be some of"),
+        ("synthetic.radius", 1.0, "config.synthetic.radius=1.0 must be between 0 and 1"),
+        ("synthetic.loadings", 5, "config.synthetic.loadings=5 must be at most 4"),
+        ("stages.synthetic_inverted.data", "etth1", "config.stages.synthetic_inverted.data=etth1 must be one of"),
+        ("stages.synthetic_inverted.attention", "linear", "attention=linear must be one of"),
+        ("stages.synthetic_inverted.components", ("ffn",), "components=.* must be two of"),
+        ("stages.synthetic_inverted.num_heads", 3, "width=16 must be a multiple of 3 heads"),
+        ("stages.synthetic_inverted.distil", True, "distil=True must be False where the model is not vanilla"),
+        ("stages.synthetic_inverted.look_back", 211, "config.stages.synthetic_inverted: look_back=211 is longer than"),
+        ("stages.synthetic_inverted.horizon", 40, "30 rows .*no window|no window of look_back=24 and horizon=40"),
+        ("stages.synthetic_inverted.batch_size", 500, "batch_size=500 must be at most the 175 windows"),
+        ("stages.synthetic_unseen.train_variates", 9, "train_variates=9 must be at most the 8 variates"),
+        ("stages.synthetic_unseen_ci.subset", 4, "subset=4 must be at most the 3 that are trained on"),
+        ("stages.synthetic_unseen.components", ("ffn", "ffn"), "components=.* must be made for any variates"),
+    ],
+)
+def test_bad_fields_are_named(smoke, field, value, message):
+    config = smoke.copy_and_resolve_references()
+    config.update_from_flattened_dict({field: value})
+    with pytest.raises(UsageError, match=message):
+        experiment.check_config(config)
+
+
+def test_a_mesh_that_does_not_divide_a_batch_is_refused(smoke):
+    config = smoke.copy_and_resolve_references()
+    config.stages.synthetic_subset.batch_size = 12
+    with pytest.raises(UsageError, match=r"synthetic_subset\.batch_size=12 must be a multiple of mesh\.data=8"):
+        experiment.programs(config, make_mesh(data=8))
+
+
+def test_a_missing_data_set_is_left_out_with_a_word(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("JAXPAPERS_DATA", str(tmp_path))
+    (tmp_path / "run").mkdir()
+    config = experiment.get_config("paper")
+    config.only = ("solar_96",)
+    from rich.console import Console
+
+    from experiments.harness import Run
+
+    found = experiment.run(config, Run(tmp_path / "run", Console(stderr=True)))
+    assert "Solar/solar_AL.txt is not in" in found["solar/left_out"]
+    assert "solar is left out" in capsys.readouterr().err
+
+
+def write_csv(path, rows=260, dates=True):
+    t = np.arange(rows)
+    columns = {"a": np.sin(2 * np.pi * t / 12), "OT": 5 + 3 * np.sin(2 * np.pi * (t - 3) / 12), "b": 0.01 * t}
+    days = (np.datetime64("2020-02-01") + t).astype(str)
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow([*(["date"] if dates else []), *columns])
+        for row in range(rows):
+            writer.writerow([*([days[row]] if dates else []), *(values[row] for values in columns.values())])
+    return path
+
+
+QUICK = ["--look-back=24", "--width=16", "--num-layers=1", "--epochs=3", "--rate=0.01", "--batch-size=16"]
+
+
+def test_a_csv_is_forecast(tmp_path, capsys):
+    source = write_csv(tmp_path / "data.csv")
+    out, plot = tmp_path / "new" / "forecast.csv", tmp_path / "forecast.png"
+    with launch._quick_compilation(True):
+        code = own_data.main(
+            ["forecast", str(source), "--horizon=12", f"--out={out}", f"--plot={plot}", *QUICK, "--seed=1"]
+        )
+    assert code == 0
+    said = capsys.readouterr().out
+    assert "12 steps of 3 columns" in said
+    rows = list(csv.DictReader(out.open()))
+    assert list(rows[0]) == ["date", "a", "b", "OT"]
+    assert [row["date"] for row in rows][::11] == ["2020-10-18 00:00:00", "2020-10-29 00:00:00"]
+    t = np.arange(260, 272)
+    found = np.array([[float(row[name]) for name in ("a", "OT")] for row in rows])
+    expected = np.stack([np.sin(2 * np.pi * t / 12), 5 + 3 * np.sin(2 * np.pi * (t - 3) / 12)], axis=1)
+    assert np.sqrt(np.mean(np.square(found - expected) / [0.5, 4.5])) < 0.5  # of a standard deviation
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert not list(tmp_path.glob(".*"))  # no temporary file
+
+
+@pytest.mark.parametrize(
+    ("stamps", "expected"),
+    [
+        (["2020-01-01T00", "2020-01-01T01", "2020-01-01T02"], ["2020-01-01T03", "2020-01-01T04"]),
+        (["2020-11-30", "2020-12-01", "2020-12-04", "2020-12-05"], ["2020-12-06", "2020-12-07"]),
+        (["2020-10-15", "2020-11-15", "2020-12-15"], ["2021-01-15", "2021-02-15"]),
+        (["2018-01-01", "2019-01-01", "2020-01-01"], ["2021-01-01", "2022-01-01"]),
+    ],
+)
+def test_dates_go_on(stamps, expected):
+    found = own_data.continued(np.array(stamps, "datetime64[s]"), 2)
+    np.testing.assert_array_equal(found, np.array(expected, "datetime64[s]"))
+
+
+def test_calendar_features_follow_the_step():
+    steps = {"t": 900, "h": 3600, "d": 86_400}
+    for freq, seconds in steps.items():
+        stamps = np.datetime64("2020-01-01T00:00:00") + np.arange(5) * np.timedelta64(seconds, "s")
+        assert own_data.frequency(stamps) == freq
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--horizon=0"], "horizon must be at least 1, got 0"),
+        (["--horizon=96"], "has 260 rows; look_back=96 and horizon=96 need 481"),
+        (["--horizon=12", "--width=20"], "width must be a multiple of the 8 heads, got 20"),
+        (["--horizon=12", "--rate=0"], "rate must be above 0, got 0.0"),
+        (["--horizon=12", "--epochs=0"], "epochs must be at least 1, got 0"),
+    ],
+)
+def test_a_forecast_that_cannot_be_made_says_why(tmp_path, capsys, arguments, message):
+    source = write_csv(tmp_path / "data.csv")
+    assert own_data.main(["forecast", str(source), f"--out={tmp_path / 'out.csv'}", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+    assert not (tmp_path / "out.csv").exists()
+
+
+def test_a_csv_that_cannot_be_read_or_written_says_why(tmp_path, capsys):
+    source = write_csv(tmp_path / "data.csv")
+    before = source.read_bytes()
+    for arguments, message in (
+        ([str(tmp_path / "absent.csv"), f"--out={tmp_path / 'out.csv'}"], "absent.csv"),
+        ([str(source), f"--out={source}"], "is the csv that is read"),
+        ([str(source), f"--out={tmp_path}"], "is a folder"),
+    ):
+        assert own_data.main(["forecast", *arguments, "--horizon=12"]) == 2
+        assert message in capsys.readouterr().err
+    assert source.read_bytes() == before
+    (tmp_path / "bad.csv").write_text("date,a\n2020-01-02,1\n2020-01-01,nan\n")
+    with pytest.raises(CorruptData, match="not finite"):
+        own_data.forecast_csv(tmp_path / "bad.csv", 1, look_back=1)
+    falling = write_csv(tmp_path / "falling.csv")
+    lines = falling.read_text().splitlines()
+    falling.write_text("\n".join([lines[0], *reversed(lines[1:])]))
+    with pytest.raises(ValueError, match="timestamps must rise"):
+        own_data.forecast_csv(falling, 12, look_back=24)
+
+
+def test_all_models_of_the_stages_forecast(smoke, table):
+    stage = smoke.stages.synthetic_inverted.copy_and_resolve_references()
+    x = jnp.asarray(np.float32(table.values[:24])[None])
+    for changes in (
+        {"model": "dlinear"},
+        {"model": "rlinear"},
+        {"attention": "probsparse"},
+        {"model": "vanilla", "attention": "probsparse", "distil": True},
+    ):
+        changed = stage.copy_and_resolve_references()
+        changed.update(changes)
+        model = training.model_of(changed)
+        shape = jax.eval_shape(lambda key, model=model: model.init_with_output(key, x)[0], jax.random.key(0)).shape
+        assert shape == (1, 12, 8)
