@@ -140,14 +140,16 @@ def test_rivals_share_start_batches_and_augmentation(smoke, data):
     recipe.num_seeds = 2
     setups = {family: set_up(family, data, recipe) for family in ("mrl", "ff")}
     first = {family: setup.state.params["encoder"]["kernel_0"] for family, setup in setups.items()}
-    batches = {family: setup.batches.batch_at(3) for family, setup in setups.items()}
+    with launch._quick_compilation(True):
+        batch_at = {family: jax.jit(setup.batches.batch_at) for family, setup in setups.items()}
+        batches = {family: draw(3) for family, draw in batch_at.items()}
     for index, row in enumerate(setups["ff"].rows):
         same = next(i for i, other in enumerate(setups["mrl"].rows) if other.seed == row.seed)
         np.testing.assert_array_equal(first["ff"][index], first["mrl"][same])
         for what in ("image", "label"):
             np.testing.assert_array_equal(batches["ff"][what][index], batches["mrl"][what][same])
     assert not np.array_equal(batches["ff"]["label"][0], batches["ff"]["label"][1])  # another seed
-    assert not np.array_equal(batches["mrl"]["image"], setups["mrl"].batches.batch_at(4)["image"])
+    assert not np.array_equal(batches["mrl"]["image"], batch_at["mrl"](4)["image"])
     # A head of m inputs starts within 1 / sqrt(m).
     kernels = np.abs(setups["ff"].state.params["head"]["head_0"]["kernel"]).max(axis=(1, 2))
     sizes = np.array([row.size for row in setups["ff"].rows])
@@ -162,7 +164,7 @@ def test_a_population_of_fixed_features_is_that_of_single_models(smoke, data):
     recipe = smoke.omniglot
     setup = set_up("ff", data, recipe)
     with launch._quick_compilation(True):
-        batch = setup.batches.batch_at(0)
+        batch = jax.jit(setup.batches.batch_at)(0)
         state, metrics = jax.jit(setup.train_step)(setup.state, batch, setup.keys)
     index = [row.size for row in setup.rows].index(4)
     params = jax.tree.map(lambda leaf: leaf[index], setup.state.params)
@@ -187,10 +189,10 @@ def test_images_are_turned_about_their_middle(monkeypatch):
     for name in ("ANGLE", "SHEAR", "SHIFT"):
         monkeypatch.setattr(images, name, 0.0)
     monkeypatch.setattr(images, "SCALE", (1.0, 1.0))
-    np.testing.assert_allclose(images.random_affine(jax.random.key(0), batch), batch, atol=1e-6)
+    np.testing.assert_allclose(jax.jit(images.random_affine)(jax.random.key(0), batch), batch, atol=1e-6)
     # A map of its own for every image: scipy's on the same numbers.
     monkeypatch.undo()
-    found = np.asarray(images.random_affine(jax.random.key(1), batch))
+    found = np.asarray(jax.jit(lambda key: images.random_affine(key, batch))(jax.random.key(1)))
     assert np.abs(found[0] - found[1]).max() > 0.01
     low, high = np.array([(-0.2, 0.2), (0.85, 1.15), (-0.2, 0.2), (-2.5, 2.5), (-2.5, 2.5)]).T
     draws = low + (high - low) * np.float64(jax.random.uniform(jax.random.key(1), (3, 5)))
@@ -209,7 +211,7 @@ def test_mirrors_and_crops():
     assert set(mirrored.tolist()) == {0.0, 7.0}
     assert 8 < (mirrored == 7).sum() < 32  # half of 40
     photo = jnp.broadcast_to(jnp.arange(32.0)[:, None, None] + 100 * jnp.arange(32.0)[:, None], (16, 32, 32, 1))
-    crops = np.asarray(images.random_resized_crop(jax.random.key(0), photo, 8))[..., 0]
+    crops = np.asarray(jax.jit(images.random_resized_crop, static_argnums=2)(jax.random.key(0), photo, 8))[..., 0]
     assert crops.shape == (16, 8, 8)
     assert (np.diff(crops, axis=1) > 0).all()  # rows keep their order
     steps = np.diff(crops, axis=2)
@@ -309,9 +311,9 @@ def test_a_residual_network_learns_from_a_folder_on_a_mesh(tmp_path, monkeypatch
     config = experiment.get_config("paper")
     recipe = config.imagenet
     recipe.update({"train_images": 32, "test_images": 16, "side": 24, "classes": 4, "stage_sizes": (1,), "width": 8})
-    recipe.update({"bottleneck": False, "features": 8, "nesting": (2, 4, 8), "variants": ("mrl",), "batch_size": 16})
+    recipe.update({"bottleneck": False, "features": 8, "nesting": (4, 8), "variants": ("mrl",), "batch_size": 16})
     recipe.update({"epochs": 4, "updates": 8, "sides": (32, 64), "ramp": (1, 3), "test_side": 32, "test_batch": 16})
-    recipe.update({"stem": "small", "neighbours": 4, "adaptive": ((2, 8, 8),), "funnels": ((2, (4, 8), (8, 4)),)})
+    recipe.update({"stem": "small", "neighbours": 4, "adaptive": ((4, 8, 8),), "funnels": ((4, (8,), (4,)),)})
     recipe.update({"calibration": 6, "splits": 2, "dtype": "float32", "updates_per_call": 4})
     experiment.check_config(config)
     assert training.crop_sides(recipe) == [(32, 4), (64, 8)]

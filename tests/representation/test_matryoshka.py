@@ -205,11 +205,12 @@ def test_contrastive_loss_normalises_every_prefix():
     with jax.enable_x64(True):
         u, v = np.random.default_rng(1).normal(size=(2, 7, 16))
         c = (1, 0, 2.0, 0.5)
-        value = mrl.nested_contrastive(u, v, NESTING, 0.2, c)
+        loss = jax.jit(mrl.nested_contrastive, static_argnums=(2, 3))
+        value = loss(u, v, NESTING, 0.2, c)
         expected = sum(w * numpy_info_nce(u[:, :m], v[:, :m], 0.2) for w, m in zip(c, NESTING, strict=True))
         np.testing.assert_allclose(value, expected, rtol=1e-12)
-        np.testing.assert_allclose(mrl.nested_contrastive(3 * u, v, NESTING, 0.2, c), value, rtol=1e-12)
-        np.testing.assert_allclose(mrl.nested_contrastive(u, v, (16,), 0.2), numpy_info_nce(u, v, 0.2), rtol=1e-12)
+        np.testing.assert_allclose(loss(3 * u, v, NESTING, 0.2, c), value, rtol=1e-12)
+        np.testing.assert_allclose(loss(u, v, (16,), 0.2), numpy_info_nce(u, v, 0.2), rtol=1e-12)
 
 
 def test_masked_language_loss_is_the_tied_loss():
@@ -228,13 +229,13 @@ def test_masked_language_loss_is_the_tied_loss():
             return mrl.nested_cross_entropy(logits[:, picked], targets[picked], importance)
 
         ours = partial(mrl.nested_mlm_loss, targets=targets, nesting=NESTING, bias=bias, importance=importance)
-        value, grads = jax.value_and_grad(lambda h, E: ours(h, E, weights=masked), (0, 1))(h, E)
-        expected, expected_grads = jax.value_and_grad(reference, (0, 1))(h, E)
+        value, grads = jax.jit(jax.value_and_grad(lambda h, E: ours(h, E, weights=masked), (0, 1)))(h, E)
+        expected, expected_grads = jax.jit(jax.value_and_grad(reference, (0, 1)))(h, E)
         np.testing.assert_allclose(value, expected, rtol=1e-12)
         jax.tree.map(partial(np.testing.assert_allclose, atol=1e-12), grads, expected_grads)
         whole = mrl.nested_cross_entropy(logits.reshape(4, 6, 11), targets.ravel(), importance)
-        np.testing.assert_allclose(ours(h, E), whole, rtol=1e-12)
-        kept = jax.tree.leaves(jax.vjp(ours, h, E)[1])
+        np.testing.assert_allclose(jax.jit(ours)(h, E), whole, rtol=1e-12)
+        kept = jax.tree.leaves(jax.eval_shape(lambda h, E: jax.vjp(ours, h, E)[1], h, E))
         assert all(leaf.shape != (2, 3, 11) for leaf in kept)  # no logits
 
 
@@ -555,7 +556,8 @@ def test_a_narrow_network_is_the_first_part_of_the_wide_one(slim):
     model, variables, x = slim
     params, statistics = variables["params"], variables["batch_stats"]
     assert set(statistics) == {f"norm_{i}{end}" for i in (0, 1) for end in ("", "_25", "_50")}
-    found, changed = mrl.slimmable_features(model, WIDTHS, variables, x, train=True)
+    features = jax.jit(mrl.slimmable_features, static_argnames=("model", "widths", "train"))
+    found, changed = features(model, WIDTHS, variables, x, train=True)
     assert [z.shape[1] for z in found] == [4, 8, 16]
     for width, z in zip(WIDTHS, found, strict=True):
         hidden, end = np.float64(x), "" if width == 1 else f"_{100 * width:g}"
@@ -570,9 +572,9 @@ def test_a_narrow_network_is_the_first_part_of_the_wide_one(slim):
                 np.testing.assert_allclose(tracked["var"], 0.9 + 0.1 * var, atol=1e-5)
                 hidden = np.maximum((hidden - mean) / np.sqrt(var + 1e-5), 0)
         np.testing.assert_allclose(z, hidden, atol=1e-4)  # float32
-    still, same = mrl.slimmable_features(model, WIDTHS, variables, x)
-    assert same is statistics
-    np.testing.assert_allclose(still[-1], model.apply(variables, x), atol=1e-6)
+    still, same = features(model, WIDTHS, variables, x)
+    jax.tree.map(np.testing.assert_array_equal, same, statistics)
+    np.testing.assert_allclose(still[-1], jax.jit(model.apply)(variables, x), atol=1e-6)
     assert np.abs(np.asarray(params["kernel_0"])).max() <= 7**-0.5  # torch.nn.Linear's, of the full network
 
 
