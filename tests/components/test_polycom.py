@@ -564,7 +564,8 @@ def test_grouped_products_row_by_row(block):
     ours = jit_once(partial(polycom.grouped_dot, block=block))(rows, matrices, sizes)
     owner = np.repeat(np.arange(4), sizes)
     expected = np.einsum("ri,rio->ro", rows[:12], matrices[owner])
-    np.testing.assert_allclose(ours[:12], expected, rtol=1e-5, atol=1e-6)  # what comes behind is padding
+    np.testing.assert_allclose(ours[:12], expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(ours[12:], 0)  # padding
 
 
 def test_a_population_of_experts_is_each_by_itself():
@@ -688,6 +689,10 @@ def test_layer_similarity():
         (lambda: trace(language_model(num_heads=16), TOKENS), "even head_dim"),
         (lambda: polycom.route(np.ones((2, 4)), 5), "top_k must be between 1 and the 4 experts, got 5"),
         (lambda: trace(moe(top_k=0), X), "top_k must be between"),
+        (
+            lambda: polycom.grouped_dot(np.ones((5, 2)), np.ones((1, 2, 2)), np.array([4]), 2),
+            "5 rows are no whole number",
+        ),
         (lambda: trace(moe(block=0), X), "block must be at least 1, got 0"),
         (lambda: trace(moe(activation="x"), X), "activation 'x' is unknown"),
         (lambda: polycom.rows_from_blocks(np.ones((5, 4, 4)), 12), "5 blocks of side 4 do not fill"),

@@ -9,9 +9,9 @@ import pytest
 import scipy.interpolate
 from hypothesis import given
 from hypothesis import strategies as st
-from jax import lax
 
 from jaxpapers.perception import adafortitran as ada
+from jaxpapers.perception.adafortitran import convolution
 from jaxpapers.perception.adafortitran.rivals import BidirectionalGRU
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "adafortitran"
@@ -211,24 +211,26 @@ def test_patches_are_blocks_in_row_major_order(down, across, height, width, batc
     np.testing.assert_array_equal(ada.unpatchify(tokens, size, patch), x)
 
 
-@pytest.mark.parametrize("channels", [(1, 8), (8, 32), (32, 8), (8, 1)])
-def test_convolution_is_the_compilers(channels):
-    keys = jax.random.split(jax.random.key(3), 3)
-    x, kernel, bias = (
-        jax.random.normal(key, shape)
-        for key, shape in zip(keys, ((2, 6, 5, channels[0]), (3, 3, *channels), channels[1:]), strict=True)
-    )
+def test_convolutions_by_shifts_are_convolutions():
+    keys = iter(jax.random.split(jax.random.key(3), 9))
+    sizes = ((1, 4), (4, 6), (6, 6), (6, 2))  # inputs and then products are shifted
+    x = jax.random.normal(next(keys), (2, 5, 4))
+    layers = [(jax.random.normal(next(keys), (3, 3, *size)), jax.random.normal(next(keys), size[1:])) for size in sizes]
 
-    def direct(x, kernel, bias):
-        padded = lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
-        return padded + bias
+    def value_and_gradients(function):
+        def loss(x, layers):
+            found = function(x, layers)
+            return jnp.sum(jnp.sin(found / 100)), found
 
-    def loss(convolve, *inputs):
-        return jnp.sum(jnp.sin(convolve(*inputs)))
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(x, layers)
 
-    for function in (lambda f: f, lambda f: jax.grad(lambda *inputs: loss(f, *inputs), argnums=(0, 1, 2))):
-        found, expected = (jax.jit(function(f))(x, kernel, bias) for f in (ada.conv3x3, direct))
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), found, expected)  # float32, 288 terms
+    found, expected = (value_and_gradients(f) for f in (convolution.by_shifts, convolution.by_convolutions))
+    # float32, values up to 1e4.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-2), found, expected)
+    padded = np.pad(np.asarray(x), ((0, 0), (1, 1), (1, 1)))
+    kernel, bias = (np.asarray(part) for part in layers[0])
+    cell = np.einsum("bij,ijo->bo", padded[:, 2:5, 1:4], kernel[:, :, 0]) + bias
+    np.testing.assert_allclose(convolution.by_shifts(x, layers[:1])[:, 2, 1], cell, atol=1e-5)
 
 
 def pilots(seed, count=5):

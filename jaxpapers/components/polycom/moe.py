@@ -131,7 +131,7 @@ def grouped_dot(
     sizes: Int[AnyArray, "experts"],
     block: int = 1,
 ) -> Float[Array, "rows outputs"]:
-    """Every row times the matrix of its expert.
+    """Every row times the matrix of its expert; zeros behind the last expert's rows.
 
     Args:
         rows: sorted by expert.
@@ -139,9 +139,15 @@ def grouped_dot(
         sizes: rows of each expert, multiples of `block`; what comes behind them is padding.
         block: 1: one ragged product, which TPUs and GPUs have an instruction for, and which elsewhere costs as much as
             all experts on all rows. Above: one product of each block of rows with a copy of its expert's matrix.
+
+    Raises:
+        ValueError: rows that are no whole number of blocks.
     """
+    if block < 1 or len(rows) % block:
+        raise ValueError(f"{len(rows)} rows are no whole number of blocks of {block}")
     if block == 1:
-        return lax.ragged_dot(jnp.asarray(rows), jnp.asarray(matrices), jnp.asarray(sizes, jnp.int32))
+        products = lax.ragged_dot(jnp.asarray(rows), jnp.asarray(matrices), jnp.asarray(sizes, jnp.int32))
+        return jnp.where(jnp.arange(len(rows))[:, None] < jnp.sum(sizes), products, 0)  # there it may hold anything
     blocks = jnp.asarray(rows).reshape(-1, block, rows.shape[-1])
     owner = jnp.searchsorted(jnp.cumsum(sizes), block * jnp.arange(len(blocks)), side="right")
     # A product with one-hot rows, not indexing: the transpose of that is a scatter, slow on a CPU.

@@ -16,6 +16,7 @@ in ls.
 
 - `model`: `FortiTran`, `AdaFortiTran` and their parts. Training minimises `estimation_loss`, the mean over real and
   imaginary entries: half of the `complex_mse` that is reported, in dB of the mean (`to_db`)
+- `convolution`: the convolutions, by another route on a CPU
 - `rivals`: `CEViT` (Liu et al., GLOBECOM 2023), `SisRafNet` (arXiv 2401.05436), `LinearEstimator`
 - `linear`: `bilinear_interpolate`, `lmmse_matrix` (matched where F, J, s2 are the slot's own, pooled where they are
   means over conditions), `fit_sample_covariances`, `linear_error` and `lmmse_bound`. Given its conditions a channel is
@@ -41,7 +42,6 @@ from jaxpapers.perception.adafortitran.model import (
     FortiTran,
     PatchEncoder,
     complex_mse,
-    conv3x3,
     estimation_loss,
     patchify,
     to_db,
@@ -63,7 +63,6 @@ __all__ = [
     "bilinear_interpolate",
     "bilinear_matrix",
     "complex_mse",
-    "conv3x3",
     "estimation_loss",
     "fit_sample_covariances",
     "linear_error",

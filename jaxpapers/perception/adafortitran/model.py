@@ -12,7 +12,8 @@ from jaxtyping import Array, Complex, Float, Shaped
 
 from jaxpapers.nn.attention import full_attention
 from jaxpapers.nn.encoder import EncoderBlock
-from jaxpapers.nn.initializers import torch_default_bias_init, torch_default_kernel_init, torch_dense
+from jaxpapers.nn.initializers import torch_dense
+from jaxpapers.perception.adafortitran.convolution import Convolutions
 
 AnyArray = Array | np.ndarray
 CONDITIONS = ("snr", "delay_spread", "doppler")  # in dB, ns, Hz
@@ -57,34 +58,6 @@ def require_divisible(size: tuple[int, int], patch: tuple[int, int]) -> None:
         raise ValueError(f"patches of {patch} do not fill a grid of {size}: they must divide it")
 
 
-def conv3x3(
-    x: Float[AnyArray, "batch K T inputs"],
-    kernel: Float[AnyArray, "3 3 inputs outputs"],
-    bias: Float[AnyArray, "outputs"],
-) -> Float[Array, "batch K T outputs"]:
-    """Convolution of a grid padded by zeros, stride 1 (a correlation, as all frameworks have it)."""
-    convolved = lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
-    return convolved + bias
-
-
-class Conv3x3(nn.Module):
-    """`conv3x3` with PyTorch's initialisation.
-
-    Attributes:
-        features: outputs.
-    """
-
-    features: int
-
-    @nn.compact
-    def __call__(self, x: Float[AnyArray, "batch K T inputs"]) -> Float[Array, "batch K T outputs"]:
-        """Convolves."""
-        inputs = x.shape[-1]
-        kernel = self.param("kernel", torch_default_kernel_init, (3, 3, inputs, self.features))
-        bias = self.param("bias", torch_default_bias_init(9 * inputs), (self.features,))
-        return conv3x3(x, kernel, bias)
-
-
 class ConvEnhancer(nn.Module):
     """Four 3x3 convolutions, 1 -> 8 -> 32 -> 8 -> 1 channels, ReLU between them.
 
@@ -97,10 +70,7 @@ class ConvEnhancer(nn.Module):
     @nn.compact
     def __call__(self, x: Float[AnyArray, "batch K T"]) -> Float[Array, "batch K T"]:
         """Cleans grids."""
-        y = jnp.asarray(x)[..., None]
-        for index, features in enumerate(self.channels):
-            y = nn.relu(Conv3x3(features, name=f"conv{index}")(y))
-        return Conv3x3(1, name=f"conv{len(self.channels)}")(y)[..., 0]
+        return Convolutions((*self.channels, 1), name="convolutions")(x)[..., 0]
 
 
 class ChannelAdapter(nn.Module):

@@ -9,11 +9,11 @@ from jax import lax
 from jaxtyping import Array, Complex, Float
 
 from jaxpapers.nn.initializers import torch_dense
+from jaxpapers.perception.adafortitran.convolution import Convolutions
 from jaxpapers.perception.adafortitran.linear import bilinear_interpolate
 from jaxpapers.perception.adafortitran.model import (
     AnyArray,
     ChannelAdapter,
-    Conv3x3,
     PatchEncoder,
     both_parts,
     patchify,
@@ -194,15 +194,12 @@ class SisRafNet(nn.Module):
         require_pilots(ls, self.pilot_shape)
         if K % r:
             raise ValueError(f"{r} pilot rows do not divide {K} subcarriers")
-        convolutions = [Conv3x3(self.channels, name=f"conv{index}") for index in range(2)]
+        convolutions = Convolutions((self.channels, self.channels), name="convolutions")
         recurrences = [BidirectionalGRU(self.width, name=f"gru{index}") for index in range(2)]
         dense = torch_dense(K // r * T, 2 * self.width, name="dense")
 
         def network(pilots: Array) -> Array:
-            x = pilots[..., None]
-            for convolution in convolutions:
-                x = nn.relu(convolution(x))
-            x = x.reshape(len(x), r, -1)
+            x = nn.relu(convolutions(pilots)).reshape(len(pilots), r, -1)
             for recurrence in recurrences:
                 x = recurrence(x)
             return dense(x).reshape(-1, K, T)

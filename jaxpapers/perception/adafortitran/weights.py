@@ -13,8 +13,8 @@ AnyArray = Array | np.ndarray
 
 TORCH_MODULES = (  # of AdaFortiTran, FortiTran, the linear estimator and CE-ViT -> here
     (r"pilot_upsampler", r"upsampler"),
-    (r"initial_enhancer\.conv_block\.(\d+)", r"enhancer/conv{half}"),
-    (r"final_refiner\.conv_block\.(\d+)", r"refiner/conv{half}"),
+    (r"initial_enhancer\.conv_block\.(\d+)", r"enhancer/convolutions/conv{half}"),
+    (r"final_refiner\.conv_block\.(\d+)", r"refiner/convolutions/conv{half}"),
     (r"channel_adapter\.(?P<condition>snr|ds|dop)_encoder\.(\d+)", r"adapter/{condition}{half}"),
     (r"tokenizer\.(?P<condition>snr|ds|dop)_encoder\.linear", r"adapter/{condition}0"),
     (r"(?:transformer_)?encoder\.linear_1", r"encoder/embed"),
