@@ -364,10 +364,6 @@ def _lean_text(metrics: Metrics) -> str:
     return f"{'; '.join(rows)}; gradients differ by {difference:.0e}"
 
 
-def _ranks(metrics: Metrics) -> dict[str, tuple[float, float]]:
-    return {name: (_mean(metrics, name, "rank/up"), _mean(metrics, name, "rank/down")) for name in COMPARED}
-
-
 CLAIMS = (
     Claim(
         "polynorm",
@@ -407,16 +403,5 @@ CLAIMS = (
         "no overhead worth mentioning with recomputation",
         _lean_text,
         _backward_is_lean,
-    ),
-    Claim(
-        "ranks",
-        "Sec. 4, analysis",
-        "reported, no order is asked for at this size: effective ranks of the first and the last matrix of the blocks "
-        "are between 1 and the model's width",
-        "higher for PolyReLU and PolyNorm",
-        lambda metrics: "; ".join(
-            f"{NAMES[name]} {up:.1f}, {down:.1f}" for name, (up, down) in _ranks(metrics).items()
-        ),
-        lambda metrics: all(1 <= rank <= 48 for pair in _ranks(metrics).values() for rank in pair),
     ),
 )

@@ -71,14 +71,17 @@ class Linear(NamedTuple):
     errors: dict[str, np.ndarray]
 
 
-def linear_estimators(num_subcarriers: int, reference: str, config: ConfigDict) -> Linear:
-    """All closed forms of a grid and an SNR reference, in float64."""
+def linear_estimators(num_subcarriers: int, reference: str, config: ConfigDict, profile: str = "TDL-A") -> Linear:
+    """All closed forms of a grid and an SNR reference, in float64; errors on slots of a profile.
+
+    Bilinear and pooled estimators stay those of TDL-A, which the training has; the matched one knows the profile.
+    """
     grid, pilots = grid_of(config, num_subcarriers), pilots_of(config, num_subcarriers)
     size = (grid.num_subcarriers, grid.num_symbols)
     snrs, spreads, shifts = conditions_of(config)
 
-    def covariance(spread: Array, shift: Array) -> tuple[Array, Array]:
-        return tdl.channel_covariance("TDL-A", 1e-9 * spread, shift, grid)
+    def covariance(spread: Array, shift: Array, profile: str = "TDL-A") -> tuple[Array, Array]:
+        return tdl.channel_covariance(profile, 1e-9 * spread, shift, grid)
 
     @jax.jit
     def pool() -> Array:
@@ -91,7 +94,7 @@ def linear_estimators(num_subcarriers: int, reference: str, config: ConfigDict) 
     def at(matrices: tuple, points: Array) -> tuple[Array, dict[str, Array]]:
         def one(point: Array) -> tuple[Array, dict[str, Array]]:
             snr, spread, shift = point
-            case = (*covariance(spread, shift), *pilots, tdl.noise_variance(snr, grid, pilots, reference))
+            case = (*covariance(spread, shift, profile), *pilots, tdl.noise_variance(snr, grid, pilots, reference))
             matched = lmmse_matrix(*case)
             estimators = dict(zip(CLOSED, (*matrices, matched), strict=True))
             return matched, {name: jnp.mean(linear_error(G, *case)) for name, G in estimators.items()}
@@ -140,15 +143,15 @@ def analyse_closed_forms(config: ConfigDict) -> dict[str, Any]:
     return metrics
 
 
-def draw_tests(stage: str, bank: tdl.ChannelBank, config: ConfigDict) -> tdl.Batch:
-    """Test slots of a stage, axes (points, chunks, slots of a chunk)."""
+def draw_tests(stage: str, bank: tdl.ChannelBank, config: ConfigDict, profile: str = "TDL-A") -> tdl.Batch:
+    """Test slots of a stage, axes (points, chunks, slots of a chunk); a profile is that of fresh ones."""
     chunks = config.test_slots // config.test_chunk
 
     @jax.jit
     def draw(points: Array) -> tdl.Batch:
         def one(arguments: tuple[Array, Array]) -> tdl.Batch:
             key, point = arguments
-            return slots_at(key, jnp.tile(point, (config.test_chunk, 1)), stage, bank, config)
+            return slots_at(key, jnp.tile(point, (config.test_chunk, 1)), stage, bank, config, profile)
 
         keys = jax.random.split(jax.random.key(config.test_seed), (len(points), chunks))
         rows = lax.map(one, (keys.reshape(-1), jnp.repeat(points, chunks, axis=0)))

@@ -79,9 +79,14 @@ def empty_bank(config: ConfigDict) -> tdl.ChannelBank:
 
 
 def slots_at(
-    key: Array, conditions: Array | np.ndarray, stage: str, bank: tdl.ChannelBank, config: ConfigDict
+    key: Array,
+    conditions: Array | np.ndarray,
+    stage: str,
+    bank: tdl.ChannelBank,
+    config: ConfigDict,
+    profile: str = "TDL-A",
 ) -> tdl.Batch:
-    """Slots of a stage in these conditions (slots, 3)."""
+    """Slots of a stage in these conditions (slots, 3); a profile is that of fresh ones."""
     return tdl.simulate_batch(
         key,
         conditions,
@@ -90,6 +95,7 @@ def slots_at(
         config.snr_reference,
         stage,
         bank if stage == "fixed" else None,
+        profile,
         num_sinusoids=config.grid.sinusoids,
     )
 
@@ -241,10 +247,21 @@ def validation(
     return lambda state: {"mse": evaluate(state.params)}
 
 
-def train(stage: str, name: str, bank: tdl.ChannelBank, config: ConfigDict, run: Run) -> tuple[nn.Module, Any]:
-    """Trains a model on a stage: the network, and its parameters on the host, a row a seed."""
+def train(
+    stage: str, name: str, bank: tdl.ChannelBank, config: ConfigDict, run: Run, title: str = ""
+) -> tuple[nn.Module, Any]:
+    """Trains a model on a stage: the network, and its parameters on the host, a row a seed.
+
+    Args:
+      stage: one of `STAGES`.
+      name: of the model.
+      bank: of the fixed slots.
+      config: of the experiment.
+      run: what keeps the training's files.
+      title: under which they stand; "": stage and name.
+    """
     recipe = config.training
-    title = f"{stage}_{name}"
+    title = title or f"{stage}_{name}"
     every = {"steps_per_call": recipe.updates_per_call, "log_every": recipe.log_every}
     if config.together:
         setup = set_up(stage, name, None, bank, config)

@@ -8,7 +8,9 @@ Doppler shift, so that training and test share 240 channels and differ in noise 
 there is memory. Beside every result on such data stand the bound and the same table on "fresh" channels, on which no
 estimator can be below it.
 
-DOCSTRING TO BE COMPLETED
+Reported without a claim: models of fresh TDL-A channels on TDL-B and TDL-C (`mismatch`), and other densities of pilots
+(`density`, which train models of their own). Left out, as the card has it: the little interference between subcarriers
+of the MATLAB generator at high Doppler shifts.
 """
 
 from collections.abc import Callable
@@ -34,6 +36,7 @@ from experiments.perception._adafortitran_scores import (
     CLOSED,
     POINTS,
     SWEEPS,
+    Linear,
     analyse_closed_forms,
     decibels,
     draw_tests,
@@ -49,7 +52,7 @@ from experiments.perception._adafortitran_training import (
     set_up,
     train,
 )
-from jaxpapers.data.tdl import SNR_REFERENCES
+from jaxpapers.data import tdl
 from jaxpapers.train import abstract, abstractly, state_shardings, update_program
 
 PAPER = Paper(
@@ -114,6 +117,8 @@ def get_config(preset: str = "small") -> ConfigDict:
         },
         "stages": {"fixed": (*MODELS, "adafortitran_s"), "fresh": MODELS},
         "closed_forms": {"subcarriers": 120, "slots": 2_000, "chunk": 200},
+        "mismatch": ("TDL-B", "TDL-C"),  # profiles that the models of "fresh" channels are tested on, too
+        "density": {"spacings": (), "models": ("adafortitran", "fortitran")},  # other pilot rows, one in so many
     }
     match preset:
         case "smoke":
@@ -125,6 +130,8 @@ def get_config(preset: str = "small") -> ConfigDict:
             config["training"] |= {"batch_size": 4, "updates": 4, "updates_per_call": 2, "log_every": 2}
             config["stages"] |= {"fresh": ("adafortitran", "linear")}
             config["closed_forms"] |= {"subcarriers": 12, "slots": 8, "chunk": 8}
+            config |= {"mismatch": ("TDL-B",)}
+            config["density"] |= {"spacings": (6,), "models": ("adafortitran",)}
         case "small":
             pass  # the settings above
         case "paper":
@@ -133,6 +140,7 @@ def get_config(preset: str = "small") -> ConfigDict:
             config["grid"] |= {"subcarriers": 120}
             config["model"] |= {"cevit_patch": (10, 4)}
             config["layers"] |= {"adafortitran": 6, "adafortitran_m": 3, "adafortitran_xl": 12}
+            config["density"] |= {"spacings": (4, 5, 6, 8)}
             slots, batch_size, epochs = 100_000, 512, 1_000
             epoch = slots // batch_size
             config["training"] |= {"slots": slots, "batch_size": batch_size, "updates": epochs * epoch, "patience": 15}
@@ -155,7 +163,8 @@ def check_config(config: ConfigDict) -> None:
         require(config[field] >= 1, field, config[field], "at least 1")
     for name, chunk in (("test_slots", config.test_chunk),):
         require(config[name] % chunk == 0, name, config[name], f"a multiple of {chunk}")
-    require(config.snr_reference in SNR_REFERENCES, "snr_reference", config.snr_reference, f"one of {SNR_REFERENCES}")
+    references = tdl.SNR_REFERENCES
+    require(config.snr_reference in references, "snr_reference", config.snr_reference, f"one of {references}")
     for name in config.conditions:
         values = config.conditions[name]
         low = -np.inf if name == "snrs_db" else 0
@@ -174,6 +183,12 @@ def check_config(config: ConfigDict) -> None:
         fits = recipe.validation_slots >= chunk >= 1 and recipe.validation_slots % chunk == 0
         require(fits, "training.validation_slots", recipe.validation_slots, f"a multiple of validation_chunk={chunk}")
         require(recipe.patience >= 1, "training.patience", recipe.patience, "at least 1")
+    unknown = set(config.mismatch) - set(tdl.TABLES)
+    require(not unknown, "mismatch", config.mismatch, f"some of {tuple(tdl.TABLES)}")
+    for spacing in config.density.spacings:
+        fits = spacing >= 1 and config.grid.subcarriers % spacing == 0 and config.grid.subcarriers >= 2 * spacing
+        expected = f"divisors of subcarriers={config.grid.subcarriers}, at most half of it"
+        require(fits, "density.spacings", config.density.spacings, expected)
     closed = config.closed_forms
     multiple = closed.chunk >= 1 and closed.slots >= 1 and closed.slots % closed.chunk == 0
     require(multiple, "closed_forms.slots", closed.slots, f"a multiple of chunk={closed.chunk}")
@@ -192,6 +207,8 @@ def _check_networks(config: ConfigDict) -> None:
     patch = recipe.patch
     known = (*config.layers, *RIVALS)
     require(set(config.stages) <= set(STAGES), "stages", tuple(config.stages), f"some of {STAGES}")
+    unknown = set(config.density.models) - set(known)
+    require(not unknown, "density.models", config.density.models, f"some of {known}")
     for stage in config.stages:
         unknown = set(config.stages[stage]) - set(known)
         require(not unknown, f"stages.{stage}", config.stages[stage], f"some of {known}")
@@ -239,17 +256,24 @@ def run(config: ConfigDict, run: Run) -> dict[str, Any]:
     metrics = analyse_closed_forms(config)
     run.figure("closed_forms", draw_closed_forms(metrics))
     bank = bank_of(config)
-    linear = linear_estimators(config.grid.subcarriers, config.snr_reference, config)
+    linear = linear_of(config)
     metrics |= {"points": POINTS, "bound/db": decibels(linear.errors["bound"])}
     metrics["bound/mean"] = metrics["bound/db"].mean()
     for stage in config.stages:
         tests = draw_tests(stage, bank, config)
+        others = config.mismatch if stage == "fresh" else ()
+        strange = {profile: draw_tests(stage, bank, config, profile) for profile in others}
+        for profile, slots in strange.items():
+            rows = score_linear(stage, linear_of(config, profile), slots, bank, config)
+            metrics |= {f"mismatch/{profile}/{name}/mean": row.mean(axis=1) for name, row in rows.items()}
         scores = score_linear(stage, linear, tests, bank, config)
         for name in config.stages[stage]:
             run.say(f"{stage}: {name_of(name)}, {config.num_seeds} seeds, {config.training.updates:,} updates")
             model, params = train(stage, name, bank, config, run)
             metrics[f"parameters/{name}"] = sum(leaf[0].size for leaf in jax.tree.leaves(params))
             scores[name] = score_model(model, params, tests)
+            for profile, slots in strange.items():
+                metrics[f"mismatch/{profile}/{name}/mean"] = score_model(model, params, slots).mean(axis=1)
             if name == "adafortitran":
                 run.figure(f"slot_{stage}", draw_slot(model, params, tests, linear, config))
         for name, rows in scores.items():
@@ -257,8 +281,31 @@ def run(config: ConfigDict, run: Run) -> dict[str, Any]:
         text = table(stage, scores, metrics["bound/db"])
         run.say(text)
         run.file(f"{stage}.txt", text)
+    metrics |= study_density(bank, config, run)
     run.figure("sweeps", draw_sweeps(metrics, config))
     run.figure("curves", draw_curves(run.workdir, config))
+    return metrics
+
+
+def linear_of(config: ConfigDict, profile: str = "TDL-A") -> Linear:
+    """The closed forms of the models' own grid."""
+    return linear_estimators(config.grid.subcarriers, config.snr_reference, config, profile)
+
+
+def study_density(bank: tdl.ChannelBank, config: ConfigDict, run: Run) -> dict[str, Any]:
+    """`density/<spacing>/<estimator>/db` of fixed channels at 5 dB, 200 ns, 500 Hz: one pilot row in so many."""
+    point = SWEEPS["snr"].index((5, 200, 500))
+    metrics: dict[str, Any] = {}
+    for spacing in config.density.spacings:
+        thinned = config.copy_and_resolve_references()
+        thinned.grid.spacing = spacing
+        linear = linear_of(thinned)
+        metrics |= {f"density/{spacing}/{name}/db": decibels(row)[point] for name, row in linear.errors.items()}
+        tests = draw_tests("fixed", bank, thinned)
+        for name in config.density.models:
+            run.say(f"one pilot row in {spacing}: {name_of(name)}")
+            model, params = train("fixed", name, bank, thinned, run, f"density_{spacing}_{name}")
+            metrics[f"density/{spacing}/{name}/db"] = score_model(model, params, tests)[:, point]
     return metrics
 
 

@@ -16,25 +16,11 @@ from jaxtyping import Array, Float
 from jaxpapers.nn.attention import AttentionFunction, full_attention
 from jaxpapers.nn.encoder import LAYER_NORM_EPSILON, EncoderBlock
 from jaxpapers.nn.initializers import torch_dense
+from jaxpapers.nn.patches import patchify
 from jaxpapers.nn.stack import Stack
 
 AnyArray = Array | np.ndarray
 POOLS = ("class", "mean")
-
-
-def patchify(
-    images: Float[AnyArray, "batch height width channels"], patch: int
-) -> Float[Array, "batch patches patch_pixels"]:
-    """Cuts images into squares, row by row; a patch is flattened row by row, channels last.
-
-    Raises:
-        ValueError: a patch that does not divide height and width.
-    """
-    batch, height, width, channels = images.shape
-    if patch < 1 or height % patch or width % patch:
-        raise ValueError(f"patches of {patch} pixels do not divide images of {height} x {width}")
-    grid = jnp.asarray(images).reshape(batch, height // patch, patch, width // patch, patch, channels)
-    return grid.swapaxes(2, 3).reshape(batch, -1, patch * patch * channels)
 
 
 class ViT(nn.Module):
@@ -76,7 +62,7 @@ class ViT(nn.Module):
         """
         if self.pool not in POOLS:
             raise ValueError(f"pool {self.pool!r} is unknown, expected one of {POOLS}")
-        patches = patchify(x, self.patch)
+        patches = patchify(x, (self.patch, self.patch))
         tokens = torch_dense(self.width, patches.shape[-1], dtype=self.dtype, name="patches")(patches)
         if self.pool == "class":
             token = self.param("class_token", nn.initializers.zeros, (1, 1, self.width))

@@ -130,6 +130,10 @@ def test_the_smoke_run(tmp_path, monkeypatch, capsys):
             assert np.shape(metrics[f"{stage}/{name}/db"]) == (1, 17)
             assert np.isfinite(metrics[f"{stage}/{name}/db"]).all()
         assert "bound" in (tmp_path / "run" / f"{stage}.txt").read_text()
+    for name in ("adafortitran", "linear", "pooled", "matched"):
+        assert np.isfinite(metrics[f"mismatch/TDL-B/{name}/mean"]).all()
+    assert metrics["density/6/bound/db"] > metrics["bound/db"][1]  # half as many pilots
+    assert np.isfinite(metrics["density/6/adafortitran/db"]).all()
     statuses = {claim["id"]: claim["status"] for claim in results["claims"]}
     assert statuses["adaptive"].startswith("not run: no fresh/fortitran")
     assert statuses["depth"] in ("holds", "fails")
@@ -271,6 +275,9 @@ def training_lines(workdir):
         ("training.batch_size", 0, "config.training.batch_size=0 must be at least 1"),
         ("closed_forms.slots", 9, "a multiple of chunk=8"),
         ("together", False, "config.training.validation_slots=0"),
+        ("mismatch", ("TDL-D",), "config.mismatch"),
+        ("density.spacings", (5,), "divisors of subcarriers=12"),
+        ("density.models", ("vit",), "config.density.models"),
     ],
 )
 def test_bad_fields_are_named(smoke, field, value, message):

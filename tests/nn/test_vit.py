@@ -9,7 +9,7 @@ import pytest
 from scipy.special import erf, softmax
 
 from jaxpapers.nn.stack import stack_layers
-from jaxpapers.nn.vit import ViT, ViTB16, ViTS16, patchify
+from jaxpapers.nn.vit import ViT, ViTB16, ViTS16
 from jaxpapers.train import run_once
 
 X = np.random.default_rng(0).normal(size=(2, 8, 12, 3)).astype(np.float32)
@@ -71,15 +71,6 @@ def test_features(pool):
         np.testing.assert_allclose(deep, z, rtol=1e-5, atol=1e-6)
 
 
-def test_patches_are_squares_row_by_row():
-    image = np.arange(6 * 4).reshape(1, 6, 4, 1).astype(np.float32)
-    patches = patchify(jnp.asarray(image), 2)[0]
-    assert patches.shape == (6, 4)
-    np.testing.assert_array_equal(patches[0], [0, 1, 4, 5])
-    np.testing.assert_array_equal(patches[1], [2, 3, 6, 7])
-    np.testing.assert_array_equal(patches[2], [8, 9, 12, 13])
-
-
 @pytest.mark.parametrize(("make", "parameters"), [(ViTS16, 22_050_664), (ViTB16, 86_567_656)])
 def test_sizes_are_the_published_ones(make, parameters):
     model = make()
@@ -98,7 +89,7 @@ def test_positions_and_class_token_start_as_they_should():
 def test_bad_input_is_refused():
     with pytest.raises(ValueError, match="pool 'cls' is unknown"):
         ViT(4, 8, 1, 2, 16, "cls").init(jax.random.key(0), X)
-    with pytest.raises(ValueError, match="patches of 5 pixels do not divide images of 8 x 12"):
+    with pytest.raises(ValueError, match=r"patches of \(5, 5\) do not fill a grid of \(8, 12\)"):
         ViT(5, 8, 1, 2, 16).init(jax.random.key(0), X)
     with pytest.raises(ValueError, match="3 heads do not divide the width 8"):
         ViT(4, 8, 1, 3, 16).init(jax.random.key(0), X)

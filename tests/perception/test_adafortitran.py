@@ -10,6 +10,7 @@ import scipy.interpolate
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jaxpapers.nn.patches import patchify, unpatchify
 from jaxpapers.perception import adafortitran as ada
 from jaxpapers.perception.adafortitran import convolution
 from jaxpapers.perception.adafortitran.rivals import BidirectionalGRU
@@ -51,11 +52,11 @@ def test_golden_adafortitran(adaptive):
     tolerance = {"atol": 2e-5}  # float32, values of order 1: the card's
     np.testing.assert_allclose(real_part(stages["upsampler"]).reshape(3, *SIZE), golden["upsampled_real"], **tolerance)
     np.testing.assert_allclose(real_part(stages["enhancer"]), golden["conv_enhanced_real"], **tolerance)
-    np.testing.assert_allclose(ada.patchify(golden["conv_enhanced_real"], PATCH), golden["patches_real"], **tolerance)
+    np.testing.assert_allclose(patchify(golden["conv_enhanced_real"][..., None], PATCH), golden["patches_real"], **tolerance)
     np.testing.assert_allclose(stages["adapter"], golden["channel_tokens"], **tolerance)
     np.testing.assert_allclose(real_part(stages["encoder"]), golden["encoder_out_real"], **tolerance)
     np.testing.assert_allclose(
-        ada.unpatchify(golden["encoder_out_real"], SIZE, PATCH), golden["reconstructed_real"], **tolerance
+        unpatchify(golden["encoder_out_real"], SIZE, PATCH)[..., 0], golden["reconstructed_real"], **tolerance
     )
     np.testing.assert_allclose(estimate, golden["estimate"], **tolerance)
     loss = ada.estimation_loss(golden["target"], estimate)
@@ -191,24 +192,6 @@ def test_bilinear_interpolation_is_exact_on_planes_and_keeps_the_pilots():
         along = scipy.interpolate.interp1d(columns, ls, axis=-1, fill_value="extrapolate")(np.arange(14))
         expected = scipy.interpolate.interp1d(rows, along, axis=-2, fill_value="extrapolate")(np.arange(12))
         np.testing.assert_allclose(found, expected, atol=1e-12)
-
-
-@given(
-    st.integers(1, 4),
-    st.integers(1, 4),
-    st.integers(1, 3),
-    st.integers(1, 3),
-    st.lists(st.integers(1, 3), max_size=2).map(tuple),
-)
-def test_patches_are_blocks_in_row_major_order(down, across, height, width, batch):
-    size, patch = (down * height, across * width), (height, width)
-    x = np.random.default_rng(0).normal(size=(*batch, *size)).astype(np.float32)
-    tokens = np.asarray(ada.patchify(x, patch))
-    for i in range(down):
-        for j in range(across):
-            block = x[..., height * i : height * (i + 1), width * j : width * (j + 1)]
-            np.testing.assert_array_equal(tokens[..., i * across + j, :], block.reshape(*batch, -1))
-    np.testing.assert_array_equal(ada.unpatchify(tokens, size, patch), x)
 
 
 def test_convolutions_by_shifts_are_convolutions():
@@ -360,9 +343,6 @@ LS = np.zeros((1, *PILOTS), np.complex64)
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: ada.patchify(np.zeros((12, 14)), (5, 2)), r"patches of \(5, 2\) do not fill"),
-        (lambda: ada.patchify(np.zeros((12, 14)), (3, 0)), "do not fill"),
-        (lambda: ada.unpatchify(np.zeros((27, 6)), SIZE, PATCH), "27 tokens of 6 entries"),
         (lambda: shapes_of(ada.FortiTran(**OPTIONS | {"size": (13, 14)})), r"do not fill a grid of \(13, 14\)"),
         (lambda: shapes_of(ada.FortiTran(**OPTIONS | {"size": (12, 13)})), "do not fill"),
         (lambda: shapes_of(ada.AdaFortiTran(**OPTIONS, adapter_sizes=(7, 42))), "2 x 28 tokens = 56, got sizes"),

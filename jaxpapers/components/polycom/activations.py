@@ -19,15 +19,12 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from jaxpapers.nn.encoder import gelu
+
 AnyArray = Array | np.ndarray
 
 EPSILON = 1e-6
 KINDS = ("I", "II")
-
-
-def gelu(x: Float[AnyArray, "*shape"]) -> Float[Array, "*shape"]:
-    """GELU with erf: x Phi(x)."""
-    return jax.nn.gelu(x, approximate=False)
 
 
 RHOS: dict[str, Callable[[Array], Array]] = {"relu": jax.nn.relu, "gelu": gelu, "silu": jax.nn.silu}

@@ -19,8 +19,8 @@ from jaxpapers.components.polycom.activations import (
     PolyReLU,
     PolyReLUNorm,
     coeffs_from_reference,
-    gelu,
 )
+from jaxpapers.nn.encoder import gelu
 
 AnyArray = Array | np.ndarray
 Initializer = Callable[..., Array]

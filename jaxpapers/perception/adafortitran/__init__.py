@@ -43,9 +43,7 @@ from jaxpapers.perception.adafortitran.model import (
     PatchEncoder,
     complex_mse,
     estimation_loss,
-    patchify,
     to_db,
-    unpatchify,
 )
 from jaxpapers.perception.adafortitran.rivals import CEViT, LinearEstimator, SisRafNet
 from jaxpapers.perception.adafortitran.weights import params_from_torch
@@ -71,7 +69,5 @@ __all__ = [
     "lmmse_filter",
     "lmmse_matrix",
     "params_from_torch",
-    "patchify",
     "to_db",
-    "unpatchify",
 ]

@@ -8,54 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Complex, Float, Shaped
+from jaxtyping import Array, Complex, Float
 
 from jaxpapers.nn.attention import full_attention
 from jaxpapers.nn.encoder import EncoderBlock
 from jaxpapers.nn.initializers import torch_dense
+from jaxpapers.nn.patches import patchify, require_divisible, unpatchify
 from jaxpapers.perception.adafortitran.convolution import Convolutions
 
 AnyArray = Array | np.ndarray
 CONDITIONS = ("snr", "delay_spread", "doppler")  # in dB, ns, Hz
-
-
-def patchify(x: Shaped[AnyArray, "*batch K T"], patch: tuple[int, int]) -> Shaped[Array, "*batch tokens entries"]:
-    """Cuts grids into patches: tokens in row-major order of the patches, entries in row-major order inside each.
-
-    Raises:
-        ValueError: a grid that patches do not fill.
-    """
-    (height, width), (*batch, K, T) = patch, x.shape
-    require_divisible((K, T), patch)
-    x = jnp.asarray(x).reshape(*batch, K // height, height, T // width, width)
-    return jnp.swapaxes(x, -3, -2).reshape(*batch, -1, height * width)
-
-
-def unpatchify(
-    tokens: Shaped[AnyArray, "*batch tokens entries"], size: tuple[int, int], patch: tuple[int, int]
-) -> Shaped[Array, "*batch K T"]:
-    """The inverse of `patchify`, for grids of `size` = (K, T).
-
-    Raises:
-        ValueError: a grid that patches do not fill, or another number of tokens or entries.
-    """
-    (height, width), (K, T) = patch, size
-    require_divisible(size, patch)
-    *batch, count, entries = tokens.shape
-    if (count, entries) != (K * T // (height * width), height * width):
-        raise ValueError(f"{count} tokens of {entries} entries do not fill a grid {size} with patches {patch}")
-    x = jnp.asarray(tokens).reshape(*batch, K // height, T // width, height, width)
-    return jnp.swapaxes(x, -3, -2).reshape(*batch, K, T)
-
-
-def require_divisible(size: tuple[int, int], patch: tuple[int, int]) -> None:
-    """Refuses patches that do not fill a grid.
-
-    Raises:
-        ValueError: with both.
-    """
-    if min(patch) < 1 or size[0] % patch[0] or size[1] % patch[1]:
-        raise ValueError(f"patches of {patch} do not fill a grid of {size}: they must divide it")
 
 
 class ConvEnhancer(nn.Module):
@@ -284,10 +246,10 @@ class FortiTran(nn.Module):
         def network(pilots: Array) -> Array:
             coarse = self.upsampler(pilots.reshape(len(pilots), -1)).reshape(-1, *self.size)
             clean = self.enhancer(coarse)
-            tokens = patchify(clean, self.patch)
+            tokens = patchify(clean[..., None], self.patch)
             if code is not None:
                 tokens = jnp.concatenate([tokens, jnp.repeat(code, 2, axis=0).astype(tokens.dtype)], axis=-1)
-            return self.refiner(clean + unpatchify(self.encoder(tokens, deterministic), self.size, self.patch))
+            return self.refiner(clean + unpatchify(self.encoder(tokens, deterministic), self.size, self.patch)[..., 0])
 
         return both_parts(network, ls)
 

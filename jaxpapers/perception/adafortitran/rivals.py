@@ -9,6 +9,7 @@ from jax import lax
 from jaxtyping import Array, Complex, Float
 
 from jaxpapers.nn.initializers import torch_dense
+from jaxpapers.nn.patches import patchify, require_divisible, unpatchify
 from jaxpapers.perception.adafortitran.convolution import Convolutions
 from jaxpapers.perception.adafortitran.linear import bilinear_interpolate
 from jaxpapers.perception.adafortitran.model import (
@@ -16,11 +17,8 @@ from jaxpapers.perception.adafortitran.model import (
     ChannelAdapter,
     PatchEncoder,
     both_parts,
-    patchify,
     require_conditions,
-    require_divisible,
     require_pilots,
-    unpatchify,
 )
 
 
@@ -115,10 +113,10 @@ class CEViT(nn.Module):
         """
         require_conditions(self, conditions)
         dense = jnp.asarray(dense)
-        tokens = patchify(jnp.concatenate([dense.real, dense.imag], axis=-1), self.patch)
+        tokens = patchify(jnp.concatenate([dense.real, dense.imag], axis=-1)[..., None], self.patch)
         tokens = jnp.concatenate([tokens, self.adapter(conditions).astype(tokens.dtype)], axis=-1)
         K, T = self.size
-        both = unpatchify(self.encoder(tokens, deterministic), (K, 2 * T), self.patch)
+        both = unpatchify(self.encoder(tokens, deterministic), (K, 2 * T), self.patch)[..., 0]
         return lax.complex(*jnp.split(both, 2, axis=-1))
 
 
