@@ -19,8 +19,10 @@ from ml_collections import ConfigDict
 
 from experiments.harness import Run
 from experiments.sequence._pararnn_solver import CELLS
+from jaxpapers.components.polycom import FeedForward
 from jaxpapers.data import tasks
 from jaxpapers.data.text import Corpus, load_text, sample_text_windows, split_text, text_windows, tokenise
+from jaxpapers.nn.transformer import swiglu_width
 from jaxpapers.sequence.pararnn import (
     SIZES,
     ParaRNNLM,
@@ -240,8 +242,13 @@ def lm_model(mixer: str, vocab_size: int, config: ConfigDict, mesh: Mesh | None 
         "mixer_options": {"solver": Solver(method=method, mesh=mesh)} if mixer in CELLS else {},
         "sharding": None if mesh is None else over_devices(mesh),
     }
-    if recipe.size:
-        return language_model(SIZES[recipe.size][mixer], **options)
+    size = SIZES[recipe.size][mixer] if recipe.size else None
+    if recipe.activation != "swiglu":
+        # Two matrices of 3/2 the units of a SwiGLU's three.
+        hidden = 3 * swiglu_width(size.width if size else recipe.width) // 2
+        options["feed_forward"] = partial(FeedForward, activation=recipe.activation, hidden=hidden)
+    if size:
+        return language_model(size, **options)
     if mixer == "mamba2":
         options["mixer_options"] = {"head_dim": recipe.width * 2 // recipe.num_heads, "state_size": 16}
     return ParaRNNLM(recipe.width, recipe.num_layers, recipe.num_heads, mixer=mixer, **options)

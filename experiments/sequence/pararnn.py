@@ -55,6 +55,7 @@ from experiments.sequence._pararnn_training import (
     study_language,
     study_tasks,
 )
+from jaxpapers.components.polycom import ACTIVATIONS
 from jaxpapers.data.download import DataNotFound
 from jaxpapers.data.text import TEXTS, Corpus
 from jaxpapers.ops.newton import METHODS
@@ -133,6 +134,7 @@ def get_config(preset: str = "small") -> ConfigDict:
             "max_norm": 0.5,
             "dtype": "float32",
             "method": "auto",  # of `ops.newton.solve_recurrence`
+            "activation": "swiglu",  # of the feed-forward layers, or another of PolyCom's, at equal parameters
             "remat": False,
             "scan": False,
             "mixers": MIXERS,
@@ -183,6 +185,7 @@ def check_config(config: ConfigDict) -> None:
     require(config.lm.text in texts, "lm.text", config.lm.text, f"one of {texts}")
     require(not config.lm.size or config.lm.size in SIZES, "lm.size", config.lm.size, f"empty or one of {[*SIZES]}")
     require(config.lm.method in METHODS, "lm.method", config.lm.method, f"one of {METHODS}")
+    require(config.lm.activation in ACTIVATIONS, "lm.activation", config.lm.activation, f"one of {ACTIVATIONS}")
     require(config.lm.dtype in ("float32", "bfloat16"), "lm.dtype", config.lm.dtype, "float32 or bfloat16")
     tasks = [(f"tasks.{name}", config.tasks[name]) for name in config.tasks]
     for group, recipe in [("lm", config.lm), *tasks]:

@@ -188,6 +188,19 @@ def test_without_the_clip_a_task_is_solved_until_it_is_solved():
     assert not set_up_task("k_hop_1", "gru", config, abstractly).model.mixer_options
 
 
+def test_polynorm_takes_the_swiglus_place_at_equal_parameters():
+    config = experiment.get_config("smoke")
+    sizes = {}
+    for activation in ("swiglu", "polynorm"):
+        config.lm.activation = activation
+        setup = set_up_lm("gru", 7, config, jit=abstractly)
+        sizes[activation] = sum(leaf.size for leaf in jax.tree.leaves(setup.state.params))
+        tokens = jax.ShapeDtypeStruct((2, 8), np.int32)
+        logits = jax.eval_shape(setup.model.apply, {"params": setup.state.params}, tokens)
+        assert logits.shape == (2, 8, 7)
+    assert sizes["polynorm"] - sizes["swiglu"] == 4 * config.lm.num_layers  # the coefficients
+
+
 @pytest.mark.parametrize(
     ("assignment", "message"),
     [
@@ -197,6 +210,7 @@ def test_without_the_clip_a_task_is_solved_until_it_is_solved():
         (("lm", "batch_size", -1), "config.lm.batch_size=-1 must be at least 1"),  # no size, no row
         (("lm", "method", "newton"), "config.lm.method=newton must be one of"),
         (("lm", "mixers", ("gruu",)), r"config.lm.mixers=\('gruu',\) must be some of"),
+        (("lm", "activation", "swish"), r"config.lm.activation='swish' must be one of"),
     ],
 )
 def test_bad_fields_are_named(assignment, message):

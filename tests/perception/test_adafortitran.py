@@ -52,7 +52,9 @@ def test_golden_adafortitran(adaptive):
     tolerance = {"atol": 2e-5}  # float32, values of order 1: the card's
     np.testing.assert_allclose(real_part(stages["upsampler"]).reshape(3, *SIZE), golden["upsampled_real"], **tolerance)
     np.testing.assert_allclose(real_part(stages["enhancer"]), golden["conv_enhanced_real"], **tolerance)
-    np.testing.assert_allclose(patchify(golden["conv_enhanced_real"][..., None], PATCH), golden["patches_real"], **tolerance)
+    np.testing.assert_allclose(
+        patchify(golden["conv_enhanced_real"][..., None], PATCH), golden["patches_real"], **tolerance
+    )
     np.testing.assert_allclose(stages["adapter"], golden["channel_tokens"], **tolerance)
     np.testing.assert_allclose(real_part(stages["encoder"]), golden["encoder_out_real"], **tolerance)
     np.testing.assert_allclose(
