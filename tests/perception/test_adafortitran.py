@@ -7,8 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.interpolate
-from hypothesis import given
-from hypothesis import strategies as st
 
 from jaxpapers.nn.patches import patchify, unpatchify
 from jaxpapers.perception import adafortitran as ada
