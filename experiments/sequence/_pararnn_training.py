@@ -246,7 +246,9 @@ def lm_model(mixer: str, vocab_size: int, config: ConfigDict, mesh: Mesh | None 
     if recipe.activation != "swiglu":
         # Two matrices of 3/2 the units of a SwiGLU's three.
         hidden = 3 * swiglu_width(size.width if size else recipe.width) // 2
-        options["feed_forward"] = partial(FeedForward, activation=recipe.activation, hidden=hidden)
+        init = nn.initializers.lecun_normal()  # as a SwiGLU's: the activation alone differs
+        layer = partial(FeedForward, activation=recipe.activation, hidden=hidden, kernel_init=init)
+        options["feed_forward"] = layer
     if size:
         return language_model(size, **options)
     if mixer == "mamba2":

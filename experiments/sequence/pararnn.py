@@ -14,6 +14,9 @@ which the paper gives two million updates, are in `paper`. Away from accelerator
 sequential route (`method="auto"`), whose states are exact; what three Newton iterations would have left is measured at
 the end. Models are scored by their states computed one by one.
 
+`--config.lm.activation=polynorm` (or another activation of PolyCom's paper) takes the place of the blocks' SwiGLU at equal
+parameters; Mamba2's have none.
+
 `paper` is a row of Tables 3 and 4 (`lm.size`), for `plan`: parameters are sharded over `data` (fsdp), sequences over
 `seq` where the mesh has it. The smallest slices on which an update of the ParaGRU fits, by `plan`, in GiB a chip of
 14.9 (v5p: 88): 400M v5e:4x4 (12.9), 1B v5e:4x8 (8.6), 2.9B v5e:8x8 (11.1), 7B v5e:16x16 (14.7) or v5p:4x4x4 (56). The
