@@ -14,8 +14,8 @@ which the paper gives two million updates, are in `paper`. Away from accelerator
 sequential route (`method="auto"`), whose states are exact; what three Newton iterations would have left is measured at
 the end. Models are scored by their states computed one by one.
 
-`--config.lm.activation=polynorm` (or another activation of PolyCom's paper) takes the place of the blocks' SwiGLU at equal
-parameters; Mamba2's have none.
+`--config.lm.activation=polynorm` (or another activation of PolyCom's paper) takes the place of the blocks' SwiGLU at
+equal parameters; Mamba2's have none.
 
 `paper` is a row of Tables 3 and 4 (`lm.size`), for `plan`: parameters are sharded over `data` (fsdp), sequences over
 `seq` where the mesh has it. The smallest slices on which an update of the ParaGRU fits, by `plan`, in GiB a chip of
