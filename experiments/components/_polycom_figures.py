@@ -10,7 +10,8 @@ from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
 from experiments import figures
-from experiments.components._polycom_training import members
+from experiments.components._polycom_tokens import FILES, text_of
+from experiments.components._polycom_training import members, size_of
 from experiments.harness import Metrics
 from jaxpapers.train import read_metrics
 
@@ -26,33 +27,54 @@ NAMES = {
     "polysilu": "PolySiLU",
     "polyrelunorm": "PolyReLUNorm",
 }
+RIVALS = ("swiglu", "relu2", "relu", "gelu")
+COMPARED = ("polynorm", "polyrelu", *RIVALS)
+TEXT_NAMES = {"wikitext2_small": "WikiText-2"}
 
 
 def label(name: str, config: ConfigDict) -> str:
     """A stage as a person would call it."""
     stage = config.stages[name]
     order = "" if stage.order == 3 or not stage.activation.startswith("poly") else f", r = {stage.order}"
-    return NAMES[stage.activation] + order + (" (MoE)" if stage.num_experts else "")
+    experts = " (MoE)" if has_experts(name, config) else ""
+    text = f", {TEXT_NAMES.get(stage.text, stage.text)}" if other_text(name, config) else ""
+    return NAMES[stage.activation] + order + experts + text
+
+
+def has_experts(name: str, config: ConfigDict) -> bool:
+    """Whether a stage's models are mixtures of experts."""
+    return size_of(name, config).num_experts > 0
+
+
+def other_text(name: str, config: ConfigDict) -> bool:
+    """Whether a small stage reads another text than the others: losses on two texts do not compare."""
+    return not config.stages[name].size and text_of(name, config) != config.lm.text
 
 
 def main_stages(config: ConfigDict) -> list[str]:
-    """The dense stages of order 3 that are named after an activation: the paper's comparison."""
-    return [name for name in config.stages if name in NAMES and len(config.stages[name].rates) > 1]
+    """The stages that are named after an activation of the paper's comparison; all, if none is."""
+    return [name for name in config.stages if name in COMPARED] or [*config.stages]
 
 
-def draw_loss(workdir: Path, config: ConfigDict) -> Figure:
-    """Training and validation loss against the update, mean of the seeds, all activations on the same batches."""
+def unit(names: Sequence[str], config: ConfigDict) -> str:
+    """What losses are of."""
+    files = any(text_of(name, config).startswith(FILES) for name in names)
+    return "nats a token" if files else f"nats a {config.lm.encoding.removesuffix('s')}"
+
+
+def draw_loss(workdir: Path, config: ConfigDict, names: Sequence[str]) -> Figure:
+    """Training and validation loss against the update, mean of the seeds, of stages on the same batches."""
     figure, axes = figures.panels(2)
-    for index, name in enumerate(main_stages(config)):
+    for index, name in enumerate(names):
         lines: list[dict[str, Any]] = read_metrics(workdir, f"lm_{name}")
         seeds = [row.rate == config.stages[name].rates[0] for row in members(name, config)]
         for ax, metric in zip(axes, ("train/cross_entropy", "eval/cross_entropy"), strict=True):
-            points = [(line["step"], np.mean(np.asarray(line[metric])[seeds])) for line in lines if metric in line]
+            points = [(line["step"], np.mean(np.atleast_1d(line[metric])[seeds])) for line in lines if metric in line]
             ax.plot(*zip(*points, strict=True), color=figures.COLOURS[index], label=label(name, config))
     for ax, title in zip(axes, ("training", "validation"), strict=True):
         low = min(line.get_ydata().min() for line in ax.get_lines())
         ax.set(xlabel="update", title=title, ylim=(low - 0.02, low + 0.4))  # what they differ by is in the end
-    axes[0].set(ylabel="cross-entropy (nats a character)")
+    axes[0].set(ylabel=f"cross-entropy ({unit(names, config)})")
     axes[1].legend(fontsize=8)
     return figure
 
@@ -71,7 +93,7 @@ def draw_rates(metrics: Metrics, config: ConfigDict) -> Figure:
             ax.minorticks_off()
     for ax, title in zip(axes, ("training", "validation"), strict=True):
         ax.set(xlabel="peak learning rate", title=title)
-    axes[0].set(ylabel="cross-entropy (nats a character)")
+    axes[0].set(ylabel=f"cross-entropy ({unit(main_stages(config), config)})")
     axes[1].legend(fontsize=8)
     return figure
 
@@ -102,7 +124,7 @@ def draw_approximation(metrics: Metrics) -> Figure:
 
 def draw_ranks(metrics: Metrics, config: ConfigDict) -> Figure:
     """Effective rank of the matrices of the feed-forward blocks, a dot a seed."""
-    names = [name for name in config.stages if f"{name}/rank/up" in metrics]
+    names = [name for name in config.stages if f"{name}/rank/up" in metrics and not other_text(name, config)]
     figure, axes = figures.panels(2)
     for ax, matrix, title in zip(axes, ("up", "down"), ("first matrix", "last matrix"), strict=True):
         _dots(ax, [metrics[f"{name}/rank/{matrix}"] for name in names], [label(name, config) for name in names])
@@ -112,13 +134,14 @@ def draw_ranks(metrics: Metrics, config: ConfigDict) -> Figure:
 
 
 def draw_ablation(metrics: Metrics, config: ConfigDict) -> Figure:
-    """Loss of all stages: orders, compositions and mixtures of experts beside the activations, a dot a seed."""
-    names = sorted(config.stages, key=lambda name: np.mean(metrics[f"{name}/train"]))
+    """Loss of all stages on one text: orders, compositions, experts beside the activations, a dot a seed."""
+    names = [name for name in config.stages if not other_text(name, config)]
+    names.sort(key=lambda name: np.mean(metrics[f"{name}/train"]))
     figure, axes = figures.panels(2, width=4.0)
     for ax, what in zip(axes, ("train", "validation"), strict=True):
         _dots(ax, [metrics[f"{name}/{what}"] for name in names], [label(name, config) for name in names])
         ax.set(title="training" if what == "train" else "validation")
-    axes[0].set(ylabel="cross-entropy (nats a character)")
+    axes[0].set(ylabel=f"cross-entropy ({unit(names, config)})")
     return figure
 
 

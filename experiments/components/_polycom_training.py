@@ -6,7 +6,6 @@ population: all seeds at the rate of the claims, and some at the other rates of 
 
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -14,9 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
+from experiments.catalogue import require
+from experiments.components._polycom_tokens import Tokens, WindowBatches, known_tokens
 from experiments.harness import Run
 from jaxpapers.components.polycom import (
     CONTEXT,
@@ -24,6 +25,7 @@ from jaxpapers.components.polycom import (
     Size,
     TransformerBlock,
     TransformerLM,
+    chunked_language_loss,
     effective_rank,
     language_loss,
     language_model,
@@ -31,11 +33,13 @@ from jaxpapers.components.polycom import (
     router_losses,
     weight_decay_mask,
 )
-from jaxpapers.data.text import Corpus, load_text, sample_text_windows, split_text, text_windows, tokenise
+from jaxpapers.data.text import sample_text_windows, text_windows
 from jaxpapers.train import (
     OnDevice,
+    Rules,
     TrainState,
     TrainStep,
+    batch_part,
     create_population,
     create_state,
     fsdp,
@@ -44,12 +48,13 @@ from jaxpapers.train import (
     make_schedule,
     make_train_step,
     read_metrics,
+    state_shardings,
     to_host,
     vmap_step,
 )
 
-OWN_SOURCE = "own_source"  # this file: a text that needs no download, for `smoke`
-TEST_ROWS = 192  # validation windows that are read together
+TEST_ROWS = 192  # validation windows that are read together, of small models
+LAST = 100  # updates whose mean is the training loss
 
 
 class Member(NamedTuple):
@@ -71,30 +76,42 @@ def members(name: str, config: ConfigDict) -> list[Member]:
     return rows + [Member(seed, rate) for rate in others for seed in range(config.num_rate_seeds)]
 
 
-def size_of(name: str, vocab_size: int, config: ConfigDict) -> Size:
-    """The model of a stage: a row of the paper's sizes, or the small one of the config."""
+def size_of(name: str, config: ConfigDict, vocab_size: int = 0) -> Size:
+    """The model of a stage and its training, as the config has them; with `size`, -1 and () stand for that row's.
+
+    Args:
+      name: of the stage.
+      config: the experiment's.
+      vocab_size: tokens of the text; those of the size, or of `lm.vocab_size`, come before it.
+    """
     stage, recipe = config.stages[name], config.lm
+    given: dict[str, Any] = {
+        "width": recipe.width,
+        "num_layers": recipe.num_layers,
+        "num_heads": recipe.num_heads,
+        "hidden": stage.hidden,
+        "vocab_size": recipe.vocab_size,
+        "num_experts": stage.num_experts,
+        "top_k": stage.top_k,
+        "learning_rate": stage.rates[0],
+        "warmup": recipe.warmup,
+        "batch_size": recipe.batch_size,
+        "steps": recipe.updates,
+        "decay": tuple(recipe.decay),
+    }
     if stage.size:
-        return SIZES[stage.size]
-    return Size(
-        recipe.width,
-        recipe.num_layers,
-        recipe.num_heads,
-        stage.hidden,
-        vocab_size,
-        stage.num_experts,
-        stage.top_k,
-        stage.rates[0],
-        recipe.warmup / recipe.updates,
-        recipe.batch_size,
-        recipe.updates,
-        recipe.decay_all,
-    )
+        row = SIZES[stage.size]._asdict()
+        given = {field: row[field] if value in (-1, ()) else value for field, value in given.items()}
+    elif given["vocab_size"] == -1:
+        given["vocab_size"] = vocab_size
+    if not (stage.size and recipe.warmup == -1):
+        given["warmup"] = recipe.warmup / given["steps"]  # a size has a share, the config counts updates
+    return Size(**given)
 
 
 def length_of(name: str, config: ConfigDict) -> int:
     """Tokens that a model of the stage reads at once."""
-    return CONTEXT if config.stages[name].size else config.lm.length
+    return CONTEXT if config.stages[name].size and config.lm.length == -1 else config.lm.length
 
 
 def model_of(name: str, size: Size, config: ConfigDict, mesh: Mesh | None = None) -> TransformerLM:
@@ -109,10 +126,11 @@ def model_of(name: str, size: Size, config: ConfigDict, mesh: Mesh | None = None
         order=stage.order,
         dtype=jnp.dtype(recipe.dtype),
         mesh=mesh,
+        attention_chunk=recipe.attention_chunk or None,
         remat=recipe.remat,
         scan=recipe.scan,
     )
-    return model if stage.size else model.clone(kernel_init=None, block=stage.block)
+    return model.clone(block=stage.block, kernel_init=model.kernel_init if stage.size else None)
 
 
 def optimizer_of(size: Size, rate: float | Array, config: ConfigDict) -> optax.GradientTransformation:
@@ -128,17 +146,27 @@ def optimizer_of(size: Size, rate: float | Array, config: ConfigDict) -> optax.G
         b1=recipe.betas[0],
         b2=recipe.betas[1],
         weight_decay=recipe.weight_decay,
-        mask=lambda params: weight_decay_mask(params, size.decay_all, recipe.decay_coefficients),
+        mask=partial(weight_decay_mask, decay=size.decay),
     )
 
 
-def loss_of(model: TransformerLM, config: ConfigDict) -> Callable[[Any, Array], tuple[Array, dict[str, Array]]]:
-    """`(params, tokens) -> (loss, metrics)`: cross-entropy of the next token and the routers' losses."""
-    router = config.router
+def loss_of(model: TransformerLM, config: ConfigDict) -> Callable[..., tuple[Array, dict[str, Array]]]:
+    """`(params, tokens, weights=None) -> (loss, metrics)`: cross-entropy of the next token and the routers' losses.
 
-    def loss(params: Any, tokens: Array) -> tuple[Array, dict[str, Array]]:
-        logits, sown = model.apply({"params": params}, tokens[:, :-1], mutable="diagnostics")
-        value, terms = language_loss(logits, tokens[:, 1:], z_loss=0.0)
+    The weights are of the sequences, all the same by default.
+    """
+    router, chunk = config.router, config.lm.loss_chunk
+
+    def loss(params: Any, tokens: Array, weights: Array | None = None) -> tuple[Array, dict[str, Array]]:
+        variables, targets = {"params": params}, tokens[:, 1:]
+        states, sown = model.apply(variables, tokens[:, :-1], mutable="diagnostics", method="states")
+        head = partial(model.apply, variables, method="logits")
+        if weights is not None:
+            weights = jnp.broadcast_to(weights[:, None], targets.shape)
+        if chunk:
+            value, terms = chunked_language_loss(head, states, targets, weights, z_loss=0.0, chunk=chunk)
+        else:
+            value, terms = language_loss(head(states), targets, weights, z_loss=0.0)
         losses = router_losses(sown.get("diagnostics", {}))
         value = value + router.load_balance * losses.load_balance + router.z_loss * losses.z_loss
         metrics = {"cross_entropy": terms.cross_entropy}
@@ -174,7 +202,7 @@ def set_up_population(
 ) -> Population:
     """Model, states, update and batches of a stage of small models."""
     recipe, rows = config.lm, members(name, config)
-    size = size_of(name, vocab_size, config)
+    size = size_of(name, config, vocab_size)
     model = model_of(name, size, config)
     loss = loss_of(model, config)
     seeds = jax.random.split(jax.random.key(config.seed), config.num_seeds)[np.array([row.seed for row in rows])]
@@ -216,17 +244,26 @@ def set_up_population(
     )
 
 
-def study_small(name: str, corpus: Corpus, config: ConfigDict, run: Run) -> dict[str, Any]:
+def train_loss(run: Run, name: str, updates: int) -> np.ndarray:
+    """Mean training cross-entropy of the last LAST updates, as far as they were logged."""
+    lines = [line for line in read_metrics(run.workdir, f"lm_{name}") if "train/cross_entropy" in line]
+    last = [line for line in lines if line["step"] > updates - LAST]
+    return np.mean([np.asarray(line["train/cross_entropy"], float) for line in last], axis=0)
+
+
+def study_small(name: str, corpus: Tokens, config: ConfigDict, run: Run) -> dict[str, Any]:
     """Trains a stage of small models: `<stage>/<what>`, one number a seed, and `<stage>/rate_<rate>/<what>`.
 
-    `train`: mean cross-entropy of the last `updates_per_call` updates; `validation`: of `test_windows` windows;
+    `train`: as `train_loss`; `validation`: of `test_windows` windows;
     `rank/up`, `rank/down`: effective rank of the first and the last matrix of a block, mean over the blocks;
     `similarity` of neighbouring blocks' outputs; `parameters`; `coefficients` of the first seed, a row a block; with
     experts `load`, the largest share of the tokens that an expert got (1 / E: uniform).
     """
     recipe = config.lm
-    setup = set_up_population(name, np.asarray(corpus.train, np.int32), corpus.vocab_size, config)
-    windows = validation_windows(corpus, config)
+    vocab_size = size_of(name, config, corpus.vocab_size).vocab_size
+    train, validation = (known_tokens(part, vocab_size) for part in (corpus.train, corpus.validation))
+    setup = set_up_population(name, train, vocab_size, config)
+    windows = validation_windows(validation, config)
     fitted = run.fit(
         f"lm_{name}",
         setup.state,
@@ -240,9 +277,8 @@ def study_small(name: str, corpus: Corpus, config: ConfigDict, run: Run) -> dict
         evaluate_every=recipe.evaluate_every,
     )
     params = fitted.state.params
-    logged = [line for line in read_metrics(run.workdir, f"lm_{name}") if "train/cross_entropy" in line]
     found = {
-        "train": np.asarray(logged[-1]["train/cross_entropy"], float),
+        "train": train_loss(run, name, recipe.updates),
         "validation": np.mean([to_host(setup.evaluate(params, rows))["cross_entropy"] for rows in windows], axis=0),
         **to_host(jit_once(partial(analyse, model=setup.model))(params, windows[0])),
     }
@@ -258,10 +294,10 @@ def study_small(name: str, corpus: Corpus, config: ConfigDict, run: Run) -> dict
     return metrics
 
 
-def validation_windows(corpus: Corpus, config: ConfigDict) -> np.ndarray:
+def validation_windows(validation: np.ndarray, config: ConfigDict) -> np.ndarray:
     """(batches, rows, length + 1): the first `test_windows` windows of the validation text, side by side."""
     length = config.lm.length
-    windows = text_windows(np.asarray(corpus.validation, np.int32), length + 1, stride=length)[: config.lm.test_windows]
+    windows = text_windows(validation, length + 1, stride=length)[: config.lm.test_windows]
     rows = min(TEST_ROWS, len(windows))
     return windows[: len(windows) // rows * rows].reshape(-1, rows, length + 1)
 
@@ -301,21 +337,48 @@ class SingleSetup(NamedTuple):
     """What trains one large model.
 
     Attributes:
-      state: before the first update.
+      size: the model and its training.
+      state: before the first update, on a mesh already where it belongs: no device could hold the whole.
+      rules: where the parameters lie on the mesh.
       train_step: its update, of tokens (sequences, length + 1).
-      evaluate: `(params, tokens) -> metrics`.
+      evaluate: `(params, tokens, weights) -> metrics` of `rows` sequences, weights (rows,) of 0 or 1.
+      rows: sequences that are in the model at once.
     """
 
+    size: Size
     state: TrainState
+    rules: Rules
     train_step: TrainStep
-    evaluate: Callable[[Any, Any], dict[str, Array]]
+    evaluate: Callable[..., dict[str, Array]]
+    rows: int
+
+
+def rows_of(name: str, config: ConfigDict, mesh: Mesh | None) -> int:
+    """Sequences of a large model's microbatch, `lm.microbatch` a device, or the whole batch if that is 0.
+
+    Raises:
+      UsageError: a batch that the microbatches, or the devices, do not divide.
+    """
+    batch, devices = size_of(name, config).batch_size, 1 if mesh is None else mesh.shape["data"]
+    require(batch % devices == 0, "lm.batch_size", batch, f"a multiple of the {devices} devices along mesh.data")
+    share = batch // devices
+    rows = min(share, config.lm.microbatch) or share
+    require(share % rows == 0, "lm.microbatch", config.lm.microbatch, f"a divisor of a device's {share} sequences")
+    return rows * devices
 
 
 def set_up_single(
     name: str, config: ConfigDict, mesh: Mesh | None = None, jit: Callable[..., Callable] = jit_once
 ) -> SingleSetup:
-    """State and update of a model of the paper; its experts sort the tokens of each device by themselves."""
-    size = size_of(name, 0, config)
+    """State and update of a model of the paper; its experts sort the tokens of each device by themselves.
+
+    An update takes its batch in microbatches and sums their gradients. The router's losses are those of each
+    microbatch: they are no means over sequences.
+
+    Raises:
+      UsageError: as `rows_of`.
+    """
+    size, rows = size_of(name, config), rows_of(name, config, mesh)
     model, whole = model_of(name, size, config, mesh), model_of(name, size, config)
     optimizer = optimizer_of(size, size.learning_rate, config)
     loss = loss_of(model, config)
@@ -324,46 +387,82 @@ def set_up_single(
         tokens = jnp.zeros((1, 8), jnp.int32)
         return create_state(whole.init(jax.random.key(config.seed), tokens)["params"], optimizer)
 
-    def loss_fn(params: Any, extra: Any, tokens: Array, key: Array) -> tuple:
-        value, metrics = loss(params, tokens)
-        return value, (extra, metrics)
+    shapes = jax.eval_shape(init)
+    rules = fsdp(shapes.params, mesh) if mesh else ()
+    shardings = state_shardings(shapes, mesh, rules) if mesh else None
 
-    def evaluate(params: Any, tokens: Array) -> dict[str, Array]:
-        return loss(params, tokens)[1]
+    def over_devices(array: Array, axis: int = 0) -> Array:
+        if mesh is None:
+            return array
+        spec = PartitionSpec(*[None] * axis, "data")
+        return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, spec))
 
-    return SingleSetup(jit(init)(), make_train_step(loss_fn, optimizer), jax.jit(evaluate))
+    def train_step(state: TrainState, tokens: Array, key: Array) -> tuple[TrainState, dict[str, Array]]:
+        count = len(tokens) // rows
+        # Of every device's sequences some are in each microbatch: none moves to another device.
+        parts = over_devices(jnp.swapaxes(tokens.reshape(rows, count, -1), 0, 1), 1)
+
+        def measure(part: Array) -> tuple[Any, dict[str, Array]]:
+            (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state.params, over_devices(part))
+            if shardings:
+                grads = jax.lax.with_sharding_constraint(grads, shardings.params)
+            return grads, {"loss": value, **metrics}
+
+        def add(total: Any, part: Array) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, measure(part)), None
+
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(measure, parts[0]))
+        grads, metrics = jax.tree.map(lambda total: total / count, jax.lax.scan(add, zeros, parts)[0])
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        metrics["grad_norm"] = optax.tree.norm(grads)
+        return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state, None), metrics
+
+    def evaluate(params: Any, tokens: Array, weights: Array) -> dict[str, Array]:
+        _, metrics = loss(params, over_devices(tokens), over_devices(weights))
+        return {"cross_entropy": metrics["cross_entropy"]}
+
+    placed = {"out_shardings": shardings} if mesh else {}
+    return SingleSetup(size, jit(init, **placed)(), rules, train_step, jax.jit(evaluate), rows)
 
 
-def study_single(name: str, corpus: Corpus, config: ConfigDict, run: Run) -> dict[str, Any]:
-    """Trains a model of the paper: `<stage>/validation`, one number, and `<stage>/parameters`."""
-    size, length = size_of(name, corpus.vocab_size, config), length_of(name, config)
+def evaluation_batches(windows: np.ndarray, rows: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """All windows in batches of so many rows, the last filled up with zeros, and their weights, 0 for what fills up."""
+    missing = -len(windows) % rows
+    filled = np.pad(windows, ((0, missing), (0, 0)))
+    weights = (np.arange(len(filled)) < len(windows)).astype(np.float32)
+    return list(zip(np.split(filled, len(filled) // rows), np.split(weights, len(filled) // rows), strict=True))
+
+
+def study_single(name: str, corpus: Tokens, config: ConfigDict, run: Run) -> dict[str, Any]:
+    """Trains a model of the paper: `<stage>/train`, `<stage>/validation`, one number each, and `<stage>/parameters`.
+
+    `train`: as `train_loss`; `validation`: of the first `test_windows` windows of the validation text; while it trains,
+    of the first microbatch of them.
+
+    Raises:
+      CorruptData: token ids that the model does not have.
+    """
+    recipe, window = config.lm, length_of(name, config) + 1
     setup = set_up_single(name, config, run.mesh)
-    train, valid = (np.asarray(part, np.int32) for part in (corpus.train, corpus.validation))
-    rows = 1 if run.mesh is None else run.mesh.shape["data"]
-    windows = text_windows(valid, length + 1, stride=length)[:rows]
-    key = jax.random.key(config.seed)
+    size = setup.size
+    windows = text_windows(corpus.validation, window, stride=window - 1)[: recipe.test_windows]
+    tests = evaluation_batches(known_tokens(windows, size.vocab_size), setup.rows)
+    part = (0, 1) if run.mesh is None else batch_part(run.mesh)
     metrics = {f"{name}/parameters": sum(leaf.size for leaf in jax.tree.leaves(setup.state.params))}
     fitted = run.fit(
         f"lm_{name}",
         setup.state,
         setup.train_step,
-        OnDevice(lambda step: sample_text_windows(jax.random.fold_in(key, step), train, size.batch_size, length + 1)),
+        WindowBatches(corpus.train, size.batch_size, window, size.vocab_size, config.seed, part),
         size.steps,
-        key=key,
-        evaluate=lambda state: setup.evaluate(state.params, windows),
-        evaluate_every=config.lm.evaluate_every,
-        rules=() if run.mesh is None else fsdp(setup.state.params, run.mesh),
+        key=jax.random.key(config.seed),
+        steps_per_call=recipe.updates_per_call,
+        log_every=recipe.updates_per_call,
+        evaluate=lambda state: setup.evaluate(state.params, *tests[0]),
+        evaluate_every=recipe.evaluate_every,
+        rules=setup.rules,
     )
-    scores = to_host(setup.evaluate(fitted.state.params, windows))
-    return metrics | {f"{name}/validation": scores["cross_entropy"]}
-
-
-def load_corpus(config: ConfigDict) -> Corpus:
-    """The text of the config.
-
-    Raises:
-      DataNotFound: its file is missing and cannot be downloaded.
-    """
-    if config.lm.text == OWN_SOURCE:
-        return tokenise(split_text(Path(__file__).read_text(encoding="utf8")), config.lm.encoding)
-    return load_text(config.lm.text, config.lm.encoding)
+    scores = [float(to_host(setup.evaluate(fitted.state.params, *test))["cross_entropy"]) for test in tests]
+    validation = np.average(scores, weights=[weights.sum() for _, weights in tests])
+    found = {"train": train_loss(run, name, size.steps), "validation": validation}
+    return metrics | {f"{name}/{what}": np.atleast_1d(value) for what, value in found.items()}

@@ -1,6 +1,6 @@
 """Figures and tables of `adafortitran`."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,12 @@ TITLES = {
 }
 # Read off the paper's figures, +-0.8 dB; of the delay spread none was.
 PUBLISHED = {"snr": (-22.4, -26.1, -28.4, -29.4, -29.8, -30.0), "doppler": (-26.4, -25.1, -27.1, -27.2, -16.6)}
+# An outside run of the authors' code (`echojayne/RAN_Benchmarks`).
+RERUN = {"snr": (-21.93, -25.89, -28.68, -30.28, -31.00, -31.27)}
+CARD_ROWS = {
+    "AdaFortiTran, read off the paper": (PUBLISHED, "o"),
+    "AdaFortiTran, the authors' code run elsewhere": (RERUN, "*"),
+}
 
 
 def name_of(model: str) -> str:
@@ -69,6 +75,48 @@ def table(stage: str, scores: Mapping[str, np.ndarray], bound: np.ndarray) -> st
     for name, values in rows.items():
         lines.append(f"{name:22s}{values.mean():7.2f}  " + "".join(f"{value:7.2f}" for value in values))
     return "\n".join(header + lines) + "\n"
+
+
+def density_table(metrics: Metrics, names: Sequence[str], spacings: Sequence[int], config: ConfigDict) -> str:
+    """Errors at one point in dB, a row an estimator, a column a density of pilots; the bound below."""
+    recipe = config.training.updates
+    own = f", {recipe.fixed:,} at {config.grid.spacing}" if config.grid.spacing in spacings else ""
+    lines = [
+        "fixed channels at 5 dB, 200 ns, 500 Hz: E|h - h^|^2 in dB, mean of the seeds, one pilot row in so many; "
+        f"{recipe.density:,} updates{own}",
+        f"{'':22s}" + "".join(f"{spacing:>7d}" for spacing in spacings),
+    ]
+    for name in names:
+        row = [np.mean(metrics[f"density/{spacing}/{name}/db"]) for spacing in spacings]
+        lines.append(f"{name_of(name):22s}" + "".join(f"{value:7.2f}" for value in row))
+    return "\n".join(lines) + "\n"
+
+
+def is_papers_grid(config: ConfigDict) -> bool:
+    """Whether what the paper reports is of this grid, these pilots and this noise."""
+    grid = config.grid
+    whole = (grid.subcarriers, grid.spacing, tuple(grid.columns)) == (120, 3, (2, 11))
+    return whole and config.snr_reference == "grid"
+
+
+def comparison(metrics: Metrics, config: ConfigDict) -> str:
+    """AdaFortiTran beside what is known of it: the paper's SNR sweep, and on fresh channels the two linear limits."""
+    lines = []
+    if is_papers_grid(config) and "fixed/adafortitran/db" in metrics:
+        lines.append("SNR sweep, 0 to 25 dB, fixed channels:")
+        ours = np.mean(metrics["fixed/adafortitran/db"], axis=0)[rows_of("snr")]
+        rows = {"AdaFortiTran here": ours} | {name: values["snr"] for name, (values, _) in CARD_ROWS.items()}
+        rows[NAMES["bound"]] = np.asarray(metrics["bound/db"])[rows_of("snr")]
+        lines += [f"{name:46s}" + "".join(f"{value:7.2f}" for value in values) for name, values in rows.items()]
+    if "fresh/adafortitran/mean" in metrics:
+        ours, pooled = (float(np.mean(metrics[f"fresh/{name}/mean"])) for name in ("adafortitran", "pooled"))
+        bound = float(metrics["bound/mean"])
+        between = "lies" if bound <= ours <= pooled else "does not lie"
+        lines.append(
+            f"fresh channels: AdaFortiTran {ours:.2f} {between} between the bound {bound:.2f} and the pooled LMMSE "
+            f"{pooled:.2f}; trained as long as in the paper it should"
+        )
+    return "".join(f"{line}\n" for line in lines)
 
 
 def _axis(sweep: str) -> list[float]:
@@ -92,6 +140,9 @@ def draw_sweeps(metrics: Metrics, config: ConfigDict) -> Figure:
                     ax.plot(x, mean, style, color=colour, label=NAMES[name], markersize=4, linewidth=1.2)
                     ax.fill_between(x, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.2, linewidth=0)
             ax.plot(x, np.asarray(metrics["bound/db"])[rows], "k--", linewidth=1, label=NAMES["bound"])
+            for label, (values, marker) in CARD_ROWS.items() if stage == "fixed" and is_papers_grid(config) else ():
+                if sweep in values:
+                    ax.plot(x, values[sweep], marker, color="#0072b2", markerfacecolor="white", label=label)
             ax.set(xlabel=LABELS[sweep], title=f"{stage} channels, {TITLES[sweep]}")
         axes[0].set(ylabel="error (dB)")
     _legend(figure, grid[0][0])
@@ -124,8 +175,28 @@ def draw_closed_forms(metrics: Metrics) -> Figure:
     return figure
 
 
-def draw_curves(workdir: Path, config: ConfigDict) -> Figure:
-    """E|h - h^|^2 of the training batches against the update, with dropout where there is any, a line a seed."""
+def draw_density(metrics: Metrics, names: Sequence[str], spacings: Sequence[int], config: ConfigDict) -> Figure:
+    """Errors of fixed channels at one point against the number of pilot rows, mean over the seeds and their range."""
+    figure, ax = figures.plt.subplots(figsize=(6, 4), layout="constrained")
+    rows = [config.grid.subcarriers // spacing for spacing in spacings]
+    for name in names:
+        values = [np.atleast_1d(metrics[f"density/{spacing}/{name}/db"]) for spacing in spacings]
+        colour, style = STYLE.get(name, ("#000000", "--"))
+        ax.plot(rows, [row.mean() for row in values], style, color=colour, markersize=4, label=name_of(name))
+        ax.fill_between(rows, *([f(row) for row in values] for f in (np.min, np.max)), color=colour, alpha=0.2)
+    ax.set(xlabel="pilot rows", ylabel="error (dB)", title="fixed channels, 5 dB, 200 ns, 500 Hz")
+    _legend(figure, ax)
+    return figure
+
+
+def draw_curves(workdir: Path, bound: float, config: ConfigDict) -> Figure:
+    """E|h - h^|^2 of the training batches against the update, with dropout where there is any, a line a seed.
+
+    Args:
+      workdir: of the run.
+      bound: of unseen channels in the training's conditions, in dB.
+      config: of the experiment.
+    """
     figure, axes = figures.panels(len(config.stages), width=5.0, sharey=True)
     for stage, ax in zip(config.stages, axes, strict=True):
         for name in config.stages[stage]:
@@ -134,6 +205,7 @@ def draw_curves(workdir: Path, config: ConfigDict) -> Figure:
                 line = ":" if name not in STYLE else style[-1]
                 label = name_of(name) if index == 0 else None
                 ax.plot(steps, decibels(2 * values), line, color=colour, linewidth=0.8, label=label)
+        ax.axhline(bound, color="k", linestyle="--", linewidth=1, label=NAMES["bound"])
         ax.set(xlabel="update", title=f"{stage} channels, training")
     axes[0].set(ylabel="error (dB)")
     _legend(figure, axes[0])

@@ -4,7 +4,8 @@ A part of `adafortitran`. The 17 points are the paper's three sweeps; at each of
 sees the same slots. Errors are E|h - h^|^2 per point, in dB.
 """
 
-from functools import partial
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -28,6 +29,7 @@ from jaxpapers.perception.adafortitran import (
     complex_mse,
     fit_sample_covariances,
     linear_error,
+    lmmse_bound,
     lmmse_filter,
     lmmse_matrix,
 )
@@ -108,6 +110,20 @@ def linear_estimators(num_subcarriers: int, reference: str, config: ConfigDict, 
         return Linear(bilinear, *jax.device_get((pooled, matched, errors)))
 
 
+def training_bound(config: ConfigDict) -> float:
+    """The bound in dB of slots in all conditions of the training, each as likely as another."""
+    grid, pilots = grid_of(config), pilots_of(config)
+    cases = np.stack(np.meshgrid(*conditions_of(config), indexing="ij"), axis=-1).reshape(-1, 3)
+
+    def bound(case: Array) -> Array:
+        snr, spread, shift = case
+        covariances = tdl.channel_covariance("TDL-A", 1e-9 * spread, shift, grid)
+        return lmmse_bound(*covariances, *pilots, tdl.noise_variance(snr, grid, pilots, config.snr_reference))
+
+    with jax.enable_x64(True):
+        return float(decibels(jax.jit(lambda cases: jnp.mean(lax.map(bound, cases)))(cases)))
+
+
 def check_by_simulation(linear: Linear, num_subcarriers: int, reference: str, config: ConfigDict) -> dict[str, Any]:
     """What the estimators leave on simulated slots at two of the points, one number a point: `closed/.../simulated`."""
     grid, pilots = grid_of(config, num_subcarriers), pilots_of(config, num_subcarriers)
@@ -143,8 +159,10 @@ def analyse_closed_forms(config: ConfigDict) -> dict[str, Any]:
     return metrics
 
 
-def draw_tests(stage: str, bank: tdl.ChannelBank, config: ConfigDict, profile: str = "TDL-A") -> tdl.Batch:
-    """Test slots of a stage, axes (points, chunks, slots of a chunk); a profile is that of fresh ones."""
+def slots_program(
+    stage: str, bank: tdl.ChannelBank, config: ConfigDict, profile: str = "TDL-A"
+) -> Callable[[Array | np.ndarray], tdl.Batch]:
+    """Jitted `points -> test slots` of a stage, axes (points, chunks, slots of a chunk)."""
     chunks = config.test_slots // config.test_chunk
 
     @jax.jit
@@ -157,24 +175,33 @@ def draw_tests(stage: str, bank: tdl.ChannelBank, config: ConfigDict, profile: s
         rows = lax.map(one, (keys.reshape(-1), jnp.repeat(points, chunks, axis=0)))
         return jax.tree.map(lambda part: part.reshape(len(points), chunks, *part.shape[1:]), rows)
 
-    return draw(POINTS)
+    return draw
 
 
-@partial(jax.jit, static_argnums=0)
-def _errors(model: nn.Module, params: Any, tests: tdl.Batch) -> Array:
-    """(points,) of one set of parameters."""
+def draw_tests(stage: str, bank: tdl.ChannelBank, config: ConfigDict, profile: str = "TDL-A") -> tdl.Batch:
+    """Test slots of a stage at the 17 points, as `slots_program` has them; a profile is that of fresh ones."""
+    return slots_program(stage, bank, config, profile)(POINTS)
 
-    def chunk(batch: tdl.Batch) -> Array:
-        return complex_mse(batch.h, model.apply({"params": params}, batch.ls, batch.conditions))
 
-    return jnp.mean(lax.map(lambda point: lax.map(chunk, point), tests), axis=1)
+@cache
+def errors_program(model: nn.Module) -> Callable[[Any, tdl.Batch], Array]:
+    """Jitted `(params, test slots) -> (points,)`, E|h - h^|^2 of one set of parameters."""
+
+    @jax.jit
+    def errors(params: Any, tests: tdl.Batch) -> Array:
+        def chunk(batch: tdl.Batch) -> Array:
+            return complex_mse(batch.h, model.apply({"params": params}, batch.ls, batch.conditions))
+
+        return jnp.mean(lax.map(lambda point: lax.map(chunk, point), tests), axis=1)
+
+    return errors
 
 
 def score_model(model: nn.Module, params: Any, tests: tdl.Batch) -> np.ndarray:
     """(seeds, points) in dB."""
     seeds = len(jax.tree.leaves(params)[0])
-    rows = [_errors(model, jax.tree.map(lambda leaf, i=index: leaf[i], params), tests) for index in range(seeds)]
-    return decibels(rows)
+    errors = errors_program(model)
+    return decibels([errors(jax.tree.map(lambda leaf, i=index: leaf[i], params), tests) for index in range(seeds)])
 
 
 @partial(jax.jit, static_argnums=2)

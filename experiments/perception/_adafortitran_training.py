@@ -2,7 +2,7 @@
 
 A part of `adafortitran`. A stage is a kind of data: "fixed" (one channel for each pair of delay spread and Doppler
 shift, as in the paper's data) or "fresh". All models of a stage see the same slots in the same order; the seeds of a
-model are one population under `vmap`, or are trained one by one, their batches split over the mesh.
+model are one population under `vmap`, or are trained one by one. On a mesh the slots of a batch are split over `data`.
 """
 
 from collections.abc import Callable
@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from experiments.harness import Run
+from experiments.perception._adafortitran_dropout import mask_key
 from jaxpapers.data import tdl
 from jaxpapers.perception.adafortitran import (
     AdaFortiTran,
@@ -53,8 +54,9 @@ def grid_of(config: ConfigDict, num_subcarriers: int = 0) -> tdl.OfdmGrid:
 
 def pilots_of(config: ConfigDict, num_subcarriers: int = 0) -> tdl.Pilots:
     """The pilots of a slot."""
-    grid = grid_of(config, num_subcarriers)
-    return tdl.pilot_indices(grid.num_subcarriers, config.grid.spacing, columns=config.grid.columns)
+    recipe, grid = config.grid, grid_of(config, num_subcarriers)
+    offset = "symmetric" if recipe.offset < 0 else recipe.offset
+    return tdl.pilot_indices(grid.num_subcarriers, recipe.spacing, offset, recipe.columns)
 
 
 def conditions_of(config: ConfigDict) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -63,10 +65,19 @@ def conditions_of(config: ConfigDict) -> tuple[np.ndarray, np.ndarray, np.ndarra
     return tuple(np.asarray(values[name], float) for name in ("snrs_db", "delay_spreads_ns", "dopplers_hz"))
 
 
+def condition_scale(config: ConfigDict) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Means and standard deviations of the training's conditions, where the adapter takes them standardised."""
+    if not config.model.standardise:
+        return None
+    values = conditions_of(config)
+    return tuple(float(row.mean()) for row in values), tuple(float(row.std()) or 1.0 for row in values)
+
+
 def bank_of(config: ConfigDict) -> tdl.ChannelBank:
     """The channels of the "fixed" slots: drawn once, for training and tests, whatever the seed."""
     _, spreads, shifts = (np.float32(values) for values in conditions_of(config))
-    draw = partial(tdl.draw_bank, grid=grid_of(config), num_sinusoids=config.grid.sinusoids)
+    options = {"num_sinusoids": config.grid.sinusoids, "shared_phases": config.shared_phases}
+    draw = partial(tdl.draw_bank, grid=grid_of(config), **options)
     return jax.device_get(jax.jit(draw)(jax.random.key(config.bank_seed), spreads, shifts))
 
 
@@ -112,18 +123,19 @@ def slots_of(keys: Array, stage: str, bank: tdl.ChannelBank, config: ConfigDict)
 
 
 def draw_slots(key: Array, step: Array | int, stage: str, bank: tdl.ChannelBank, config: ConfigDict) -> tdl.Batch:
-    """The batch of an update: of new slots or, where `training.slots` is not 0, of a set of so many, drawn at random.
+    """The batch of an update: of new slots or, where `training.slots` is not 0, of a set of so many.
 
-    Slot i of the set is a function of i: the set needs no memory.
+    The set is gone through in a new order every epoch, without what is left over behind the last whole batch. Slot i is
+    a function of i: the set needs no memory.
     """
     recipe = config.training
-    step_key = jax.random.fold_in(key, step)
-    if recipe.slots:
-        chosen = jax.random.randint(step_key, (recipe.batch_size,), 0, recipe.slots)
-        keys = jax.vmap(partial(jax.random.fold_in, key))(chosen)
-    else:
-        keys = jax.random.split(step_key, recipe.batch_size)
-    return slots_of(keys, stage, bank, config)
+    if not recipe.slots:
+        return slots_of(jax.random.split(jax.random.fold_in(key, step), recipe.batch_size), stage, bank, config)
+    set_key, order_key = jax.random.split(key)
+    epoch, place = jnp.divmod(step, epoch_length(config))
+    order = jax.random.permutation(jax.random.fold_in(order_key, epoch), recipe.slots)
+    chosen = lax.dynamic_slice_in_dim(order, place * recipe.batch_size, recipe.batch_size)
+    return slots_of(jax.vmap(partial(jax.random.fold_in, set_key))(chosen), stage, bank, config)
 
 
 def network(name: str, config: ConfigDict) -> nn.Module:
@@ -150,24 +162,20 @@ def network(name: str, config: ConfigDict) -> nn.Module:
     if name == "fortitran":
         return FortiTran(size, shape, patch, **options)
     tokens = size[0] * size[1] // (patch[0] * patch[1])
-    return AdaFortiTran(size, shape, patch, **options, adapter_sizes=(*recipe.adapter, 2 * tokens))
+    sizes = (*recipe.adapter, 2 * tokens)
+    return AdaFortiTran(size, shape, patch, **options, adapter_sizes=sizes, condition_scale=condition_scale(config))
 
 
 def epoch_length(config: ConfigDict) -> int:
-    """Updates in which as many slots are seen as the set has; 1 without a set."""
+    """Whole batches of the set; 1 without a set."""
     return max(1, config.training.slots // config.training.batch_size)
 
 
-def optimizer_of(config: ConfigDict) -> optax.GradientTransformation:
-    """Adam on the schedule of the config, whose rate changes once an epoch."""
-    recipe = config.training
-    schedule = make_schedule(
-        recipe.schedule,
-        recipe.rate,
-        recipe.last_rate,
-        recipe.updates,
-        steps_per_change=min(epoch_length(config), recipe.updates),
-    )
+def optimizer_of(stage: str, config: ConfigDict) -> optax.GradientTransformation:
+    """Adam on the schedule of a stage, whose rate changes once an epoch."""
+    recipe, updates = config.training, config.training.updates[stage]
+    every = min(epoch_length(config), updates)
+    schedule = make_schedule(recipe.schedule, recipe.rate, recipe.last_rate, updates, steps_per_change=every)
     return make_optimizer("adam", schedule)
 
 
@@ -178,7 +186,8 @@ class Setup(NamedTuple):
       model: the network.
       state: before the first update.
       train_step: its update.
-      batches: slots; each seed has its own, models the same.
+      batches: slots; each seed has its own, models the same. The seeds of a population are the second axis: the first,
+        which `fit` splits over a mesh, is that of the slots.
       keys: of the dropout, one a seed.
     """
 
@@ -198,11 +207,12 @@ def set_up(
     jit: Callable[..., Callable] = jit_once,
 ) -> Setup:
     """State, update and batches of a model on a stage: of one seed, or (None) of the population of all."""
-    model, optimizer = network(name, config), optimizer_of(config)
+    model, optimizer = network(name, config), optimizer_of(stage, config)
     pilots = pilots_of(config)
     probe = (1, len(pilots.rows), len(pilots.columns))
     seeds = jax.random.split(jax.random.key(config.seed), config.num_seeds)
     init_keys, data_keys, keys = jnp.moveaxis(jax.vmap(lambda key: jax.random.split(key, 3))(seeds), 1, 0)
+    keys = mask_key(keys)
 
     def init(key: Array) -> Any:
         return model.init(key, jnp.zeros(probe, jnp.complex64), jnp.zeros((1, 3)))["params"]
@@ -220,16 +230,21 @@ def set_up(
 
     if seed is None:
         state = create_population(init, optimizer, init_keys, jit=jit)
-        together = OnDevice(lambda at: jax.vmap(batch, (0, None))(data_keys, at))
-        return Setup(model, state, vmap_step(step), together, keys)
+        together = OnDevice(lambda at: jax.vmap(batch, (0, None), 1)(data_keys, at))
+        population = vmap_step(step)
+
+        def population_step(state: TrainState, batch: tdl.Batch, keys: Array) -> tuple[TrainState, Any]:
+            return population(state, jax.tree.map(lambda part: jnp.swapaxes(part, 0, 1), batch), keys)
+
+        return Setup(model, state, population_step, together, keys)
     state = jit(lambda key: create_state(init(key), optimizer))(init_keys[seed])
     return Setup(model, state, step, OnDevice(partial(batch, data_keys[seed])), keys[seed])
 
 
-def validation(
+def validation_program(
     stage: str, model: nn.Module, bank: tdl.ChannelBank, config: ConfigDict, mesh: Mesh | None
-) -> Callable[[TrainState], dict[str, Array]]:
-    """`state -> {"mse"}` on slots of their own, the same at every call."""
+) -> Callable[[Any], Array]:
+    """Jitted `params -> E|h - h^|^2` on slots of their own, the same at every call."""
     recipe = config.training
     key = jax.random.fold_in(jax.random.key(config.seed), config.num_seeds)
     chunks = jax.random.split(key, (recipe.validation_slots // recipe.validation_chunk, recipe.validation_chunk))
@@ -240,11 +255,7 @@ def validation(
             batch = lax.with_sharding_constraint(batch, NamedSharding(mesh, PartitionSpec("data")))
         return complex_mse(batch.h, model.apply({"params": params}, batch.ls, batch.conditions))
 
-    @jax.jit
-    def evaluate(params: Any) -> Array:
-        return jnp.mean(lax.map(partial(error, params), chunks))
-
-    return lambda state: {"mse": evaluate(state.params)}
+    return jax.jit(lambda params: jnp.mean(lax.map(partial(error, params), chunks)))
 
 
 def train(
@@ -260,23 +271,24 @@ def train(
       run: what keeps the training's files.
       title: under which they stand; "": stage and name.
     """
-    recipe = config.training
+    recipe, updates = config.training, config.training.updates[stage]
     title = title or f"{stage}_{name}"
     every = {"steps_per_call": recipe.updates_per_call, "log_every": recipe.log_every}
     if config.together:
         setup = set_up(stage, name, None, bank, config)
-        fitted = run.fit(title, *setup[1:4], recipe.updates, key=setup.keys, **every)
+        fitted = run.fit(title, *setup[1:4], updates, key=setup.keys, **every)
         return setup.model, to_host(fitted.state.params)
     found = []
     for seed in range(config.num_seeds):
         setup = set_up(stage, name, seed, bank, config)
+        validate = validation_program(stage, setup.model, bank, config, run.mesh)
         best = run.fit(
             f"{title}_{seed}",
             *setup[1:4],
-            recipe.updates,
+            updates,
             key=setup.keys,
             **every,
-            evaluate=validation(stage, setup.model, bank, config, run.mesh),
+            evaluate=lambda state, validate=validate: {"mse": validate(state.params)},
             evaluate_every=epoch_length(config),
             minimize="mse",
             patience=recipe.patience * epoch_length(config),

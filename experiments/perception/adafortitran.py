@@ -8,12 +8,17 @@ Doppler shift, so that training and test share 240 channels and differ in noise 
 there is memory. Beside every result on such data stand the bound and the same table on "fresh" channels, on which no
 estimator can be below it.
 
+In `small` the models of fresh channels are trained for an eighth of the updates: they are reported beside the claims,
+which are of fixed channels, and are far from what they could reach. Other densities are left to `paper`.
+
 Reported without a claim: models of fresh TDL-A channels on TDL-B and TDL-C (`mismatch`), and other densities of pilots
-(`density`, which train models of their own). Left out, as the card has it: the little interference between subcarriers
-of the MATLAB generator at high Doppler shifts.
+(`density`, which train models of their own). Reached by a field alone: fixed channels that share their phases, as those
+of objects with one seed strictly do (`shared_phases`), conditions that the adapter takes standardised
+(`model.standardise`), another first pilot row (`grid.offset`). Left out, as the card has it: the little interference
+between subcarriers of the MATLAB generator at high Doppler shifts.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -24,8 +29,11 @@ from ml_collections import ConfigDict
 from experiments.catalogue import require
 from experiments.harness import Claim, Metrics, Paper, Run
 from experiments.perception._adafortitran_figures import (
+    comparison,
+    density_table,
     draw_closed_forms,
     draw_curves,
+    draw_density,
     draw_slot,
     draw_sweeps,
     name_of,
@@ -40,10 +48,13 @@ from experiments.perception._adafortitran_scores import (
     analyse_closed_forms,
     decibels,
     draw_tests,
+    errors_program,
     linear_estimators,
     rows_of,
     score_linear,
     score_model,
+    slots_program,
+    training_bound,
 )
 from experiments.perception._adafortitran_training import (
     STAGES,
@@ -51,6 +62,7 @@ from experiments.perception._adafortitran_training import (
     empty_bank,
     set_up,
     train,
+    validation_program,
 )
 from jaxpapers.data import tdl
 from jaxpapers.train import abstract, abstractly, state_shardings, update_program
@@ -77,13 +89,14 @@ def get_config(preset: str = "small") -> ConfigDict:
         "seed": 0,
         "num_seeds": 2,
         "bank_seed": 1,
+        "shared_phases": False,  # of the bank's channels: False: they are independent; True: smooth in the conditions
         "test_seed": 2,
-        "together": True,  # all seeds of a model in one population; False: one by one, batches split over the mesh
+        "together": True,  # all seeds of a model in one population; False: one by one, each stopped early
         "snr_reference": "grid",
         "test_slots": 400,  # a point
         "test_chunk": 100,
         "sample_slots": 4_000,  # from which the sample LMMSE is fitted
-        "grid": {"subcarriers": 24, "spacing": 3, "columns": (2, 11), "sinusoids": 32},
+        "grid": {"subcarriers": 24, "spacing": 3, "offset": -1, "columns": (2, 11), "sinusoids": 32},  # -1: symmetric
         "conditions": {
             "snrs_db": tuple(range(0, 30, 5)),
             "delay_spreads_ns": tuple(range(25, 325, 25)),
@@ -95,6 +108,7 @@ def get_config(preset: str = "small") -> ConfigDict:
             "num_heads": 4,
             "dropout": 0.1,
             "adapter": (7, 42),  # hidden sizes
+            "standardise": False,  # the conditions, before AdaFortiTran's adapter
             "remat": False,
             "cevit_patch": (8, 4),  # (10, 4) does not divide 24 subcarriers
             "cevit_width": 128,
@@ -104,7 +118,7 @@ def get_config(preset: str = "small") -> ConfigDict:
         "layers": {"adafortitran": 3, "adafortitran_s": 1, "fortitran": 3},
         "training": {
             "batch_size": 16,
-            "updates": 4_000,
+            "updates": {"fixed": 4_000, "fresh": 500, "density": 500},
             "rate": 1e-3,
             "last_rate": 2e-5,
             "schedule": "cosine_decay_schedule",
@@ -126,12 +140,14 @@ def get_config(preset: str = "small") -> ConfigDict:
             config["grid"] |= {"subcarriers": 12, "sinusoids": 4}
             config["model"] |= {"width": 8, "num_heads": 2, "cevit_patch": (6, 4), "cevit_width": 8}
             config["model"] |= {"sisrafnet_channels": 4, "sisrafnet_width": 8}
-            config["layers"] |= {"adafortitran": 2, "fortitran": 2}
-            config["training"] |= {"batch_size": 4, "updates": 4, "updates_per_call": 2, "log_every": 2}
-            config["stages"] |= {"fresh": ("adafortitran", "linear")}
+            config["layers"] |= {"adafortitran": 1}
+            config["training"] |= {"batch_size": 8, "updates_per_call": 2, "log_every": 2}
+            config["training"] |= {"updates": {"fixed": 4, "fresh": 4, "density": 4}}
+            fixed = ("adafortitran", "cevit", "sisrafnet", "linear", "adafortitran_s")
+            config["stages"] |= {"fixed": fixed, "fresh": ("adafortitran", "linear")}
             config["closed_forms"] |= {"subcarriers": 12, "slots": 8, "chunk": 8}
             config |= {"mismatch": ("TDL-B",)}
-            config["density"] |= {"spacings": (6,), "models": ("adafortitran",)}
+            config["density"] |= {"spacings": (6,), "models": ("linear",)}
         case "small":
             pass  # the settings above
         case "paper":
@@ -143,7 +159,8 @@ def get_config(preset: str = "small") -> ConfigDict:
             config["density"] |= {"spacings": (4, 5, 6, 8)}
             slots, batch_size, epochs = 100_000, 512, 1_000
             epoch = slots // batch_size
-            config["training"] |= {"slots": slots, "batch_size": batch_size, "updates": epochs * epoch, "patience": 15}
+            config["training"] |= {"slots": slots, "batch_size": batch_size, "patience": 15}
+            config["training"] |= {"updates": dict.fromkeys(("fixed", "fresh", "density"), epochs * epoch)}
             config["training"] |= {"schedule": "exponential_decay", "last_rate": 1e-3 * 0.995**epochs}
             config["training"] |= {"updates_per_call": 39, "log_every": epoch}
             config["training"] |= {"validation_slots": 10_000, "validation_chunk": 400}
@@ -161,8 +178,8 @@ def check_config(config: ConfigDict) -> None:
     """
     for field in ("num_seeds", "test_slots", "test_chunk", "sample_slots"):
         require(config[field] >= 1, field, config[field], "at least 1")
-    for name, chunk in (("test_slots", config.test_chunk),):
-        require(config[name] % chunk == 0, name, config[name], f"a multiple of {chunk}")
+    slots, chunk = config.test_slots, config.test_chunk
+    require(slots % chunk == 0, "test_slots", slots, f"a multiple of {chunk}")
     references = tdl.SNR_REFERENCES
     require(config.snr_reference in references, "snr_reference", config.snr_reference, f"one of {references}")
     for name in config.conditions:
@@ -174,10 +191,13 @@ def check_config(config: ConfigDict) -> None:
     _check_points(config)
     _check_networks(config)
     recipe = config.training
-    for field in ("batch_size", "updates", "updates_per_call"):
+    for field in ("batch_size", "updates_per_call"):
         require(recipe[field] >= 1, f"training.{field}", recipe[field], "at least 1")
+    for stage, updates in recipe.updates.items():
+        require(updates >= 1, f"training.updates.{stage}", updates, "at least 1")
     require(recipe.rate > 0, "training.rate", recipe.rate, "above 0")
-    require(recipe.slots >= 0, "training.slots", recipe.slots, "at least 0 (0: every slot is new)")
+    enough = recipe.slots == 0 or recipe.slots >= recipe.batch_size
+    require(enough, "training.slots", recipe.slots, "0 (every slot is new) or at least training.batch_size")
     if not config.together:
         chunk = recipe.validation_chunk
         fits = recipe.validation_slots >= chunk >= 1 and recipe.validation_slots % chunk == 0
@@ -187,8 +207,12 @@ def check_config(config: ConfigDict) -> None:
     require(not unknown, "mismatch", config.mismatch, f"some of {tuple(tdl.TABLES)}")
     for spacing in config.density.spacings:
         fits = spacing >= 1 and config.grid.subcarriers % spacing == 0 and config.grid.subcarriers >= 2 * spacing
-        expected = f"divisors of subcarriers={config.grid.subcarriers}, at most half of it"
+        fits = fits and spacing != config.grid.spacing
+        expected = f"divisors of subcarriers={config.grid.subcarriers}, at most half of it, and not grid.spacing"
         require(fits, "density.spacings", config.density.spacings, expected)
+    offset, spacings = config.grid.offset, (config.grid.spacing, *config.density.spacings)
+    within = -1 <= offset < min(spacings)
+    require(within, "grid.offset", offset, f"-1 (symmetric) or a row before the spacing {min(spacings)}")
     closed = config.closed_forms
     multiple = closed.chunk >= 1 and closed.slots >= 1 and closed.slots % closed.chunk == 0
     require(multiple, "closed_forms.slots", closed.slots, f"a multiple of chunk={closed.chunk}")
@@ -231,60 +255,106 @@ def _check_networks(config: ConfigDict) -> None:
     require(0 <= recipe.dropout < 1, "model.dropout", recipe.dropout, "in [0, 1)")
 
 
+def check_mesh(config: ConfigDict, mesh: Mesh | None) -> None:
+    """Refuses a mesh that does not divide the batches.
+
+    Raises:
+      UsageError: the batch.
+    """
+    devices, recipe = mesh.shape["data"] if mesh else 1, config.training
+    fields = ("batch_size",) if config.together else ("batch_size", "validation_chunk")
+    for field in fields:
+        divides = recipe[field] % devices == 0
+        require(divides, f"training.{field}", recipe[field], f"a multiple of mesh.data={devices}")
+
+
 def programs(config: ConfigDict, mesh: Mesh) -> dict[str, tuple[Callable, tuple]]:
-    """The jitted programs of the training on a mesh and their abstract arguments: `name -> (function, arguments)`."""
+    """The jitted programs of all models on a mesh and their abstract arguments: `name -> (function, arguments)`.
+
+    They train, validate where there is a validation, draw the test slots and score; the last two take one device.
+    """
     check_config(config)
-    whole = NamedSharding(mesh, PartitionSpec())
-    bank = empty_bank(config)
+    check_mesh(config, mesh)
     jitted: dict[str, tuple[Callable, tuple]] = {}
     for stage in config.stages:
-        for name in config.stages[stage]:
-            setup = set_up(stage, name, None if config.together else 0, bank, config, abstractly)
-            shardings = state_shardings(setup.state, mesh)
-            calls = config.training.updates_per_call
-            updates = update_program(setup.train_step, setup.batches, calls, shardings)
-            jitted[f"{stage}/{name}/updates"] = (
-                updates,
-                (abstract(setup.state, shardings), abstract(setup.keys, whole)),
-            )
+        jitted |= _programs_of(stage, stage, config.stages[stage], config, mesh)
+    for spacing in config.density.spacings:
+        jitted |= _programs_of(f"density_{spacing}", "fixed", config.density.models, thinned(spacing, config), mesh)
+    return jitted
+
+
+def _programs_of(
+    title: str, stage: str, names: Sequence[str], config: ConfigDict, mesh: Mesh
+) -> dict[str, tuple[Callable, tuple]]:
+    whole, bank = NamedSharding(mesh, PartitionSpec()), empty_bank(config)
+    points, draw = abstract(POINTS, whole), slots_program(stage, bank, config)
+    tests = abstract(jax.eval_shape(draw, points), whole)
+    jitted: dict[str, tuple[Callable, tuple]] = {f"{title}/tests": (draw, (points,))}
+    for name in names:
+        setup = set_up(stage, name, None if config.together else 0, bank, config, abstractly)
+        shardings = state_shardings(setup.state, mesh)
+        state = abstract(setup.state, shardings)
+        updates = update_program(setup.train_step, setup.batches, config.training.updates_per_call, shardings)
+        jitted[f"{title}/{name}/updates"] = (updates, (state, abstract(setup.keys, whole)))
+        params = state.params
+        if config.together:
+            params = abstract(jax.eval_shape(lambda tree: jax.tree.map(lambda leaf: leaf[0], tree), params), whole)
+        else:
+            validate = validation_program(stage, setup.model, bank, config, mesh)
+            jitted[f"{title}/{name}/validation"] = (validate, (params,))
+        jitted[f"{title}/{name}/errors"] = (errors_program(setup.model), (params, tests))
     return jitted
 
 
 def run(config: ConfigDict, run: Run) -> dict[str, Any]:
     """Closed forms, training of all models, the sweeps, the figures; returns the numbers."""
     check_config(config)
+    check_mesh(config, run.mesh)
     metrics = analyse_closed_forms(config)
     run.figure("closed_forms", draw_closed_forms(metrics))
     bank = bank_of(config)
     linear = linear_of(config)
     metrics |= {"points": POINTS, "bound/db": decibels(linear.errors["bound"])}
-    metrics["bound/mean"] = metrics["bound/db"].mean()
+    metrics |= {"bound/mean": metrics["bound/db"].mean(), "bound/training": training_bound(config)}
     for stage in config.stages:
         tests = draw_tests(stage, bank, config)
         others = config.mismatch if stage == "fresh" else ()
         strange = {profile: draw_tests(stage, bank, config, profile) for profile in others}
-        for profile, slots in strange.items():
-            rows = score_linear(stage, linear_of(config, profile), slots, bank, config)
-            metrics |= {f"mismatch/{profile}/{name}/mean": row.mean(axis=1) for name, row in rows.items()}
+        known = {profile: linear_of(config, profile) for profile in others}
+        mismatched = {
+            profile: score_linear(stage, known[profile], slots, bank, config) for profile, slots in strange.items()
+        }
         scores = score_linear(stage, linear, tests, bank, config)
         for name in config.stages[stage]:
-            run.say(f"{stage}: {name_of(name)}, {config.num_seeds} seeds, {config.training.updates:,} updates")
+            run.say(f"{stage}: {name_of(name)}, {config.num_seeds} seeds, {config.training.updates[stage]:,} updates")
             model, params = train(stage, name, bank, config, run)
             metrics[f"parameters/{name}"] = sum(leaf[0].size for leaf in jax.tree.leaves(params))
             scores[name] = score_model(model, params, tests)
             for profile, slots in strange.items():
-                metrics[f"mismatch/{profile}/{name}/mean"] = score_model(model, params, slots).mean(axis=1)
+                mismatched[profile][name] = score_model(model, params, slots)
             if name == "adafortitran":
                 run.figure(f"slot_{stage}", draw_slot(model, params, tests, linear, config))
-        for name, rows in scores.items():
-            metrics |= {f"{stage}/{name}/db": rows, f"{stage}/{name}/mean": rows.mean(axis=1)}
-        text = table(stage, scores, metrics["bound/db"])
+        metrics |= _report(stage, stage, scores, metrics["bound/db"], run)
+        for profile, rows in mismatched.items():
+            bound = decibels(known[profile].errors["bound"])
+            metrics |= {f"mismatch/{profile}/bound/db": bound, f"mismatch/{profile}/bound/mean": bound.mean()}
+            metrics |= _report(f"mismatch/{profile}", f"{stage}, tested on {profile}", rows, bound, run)
+    if text := comparison(metrics, config):
         run.say(text)
-        run.file(f"{stage}.txt", text)
-    metrics |= study_density(bank, config, run)
+        run.file("comparison.txt", text)
+    metrics |= study_density(metrics, bank, config, run)
     run.figure("sweeps", draw_sweeps(metrics, config))
-    run.figure("curves", draw_curves(run.workdir, config))
+    run.figure("curves", draw_curves(run.workdir, metrics["bound/training"], config))
     return metrics
+
+
+def _report(path: str, title: str, scores: dict[str, np.ndarray], bound: np.ndarray, run: Run) -> dict[str, Any]:
+    """Prints and keeps the table of some slots; `<path>/<estimator>/db` and `/mean`."""
+    text = table(title, scores, bound)
+    run.say(text)
+    run.file(f"{path.replace('/', '_')}.txt", text)
+    rows = {f"{path}/{name}/db": row for name, row in scores.items()}
+    return rows | {f"{path}/{name}/mean": row.mean(axis=1) for name, row in scores.items()}
 
 
 def linear_of(config: ConfigDict, profile: str = "TDL-A") -> Linear:
@@ -292,24 +362,50 @@ def linear_of(config: ConfigDict, profile: str = "TDL-A") -> Linear:
     return linear_estimators(config.grid.subcarriers, config.snr_reference, config, profile)
 
 
-def study_density(bank: tdl.ChannelBank, config: ConfigDict, run: Run) -> dict[str, Any]:
-    """`density/<spacing>/<estimator>/db` of fixed channels at 5 dB, 200 ns, 500 Hz: one pilot row in so many."""
+def thinned(spacing: int, config: ConfigDict) -> ConfigDict:
+    """The config of the models with one pilot row in so many, trained as long as `density` has it."""
+    other = config.copy_and_resolve_references()
+    other.grid.spacing = spacing
+    other.training.updates.fixed = config.training.updates.density
+    return other
+
+
+def study_density(known: Metrics, bank: tdl.ChannelBank, config: ConfigDict, run: Run) -> dict[str, Any]:
+    """`density/<spacing>/<estimator>/db` of fixed channels at 5 dB, 200 ns, 500 Hz: one pilot row in so many.
+
+    The spacing of the stages is taken over from what is known, where it has all models.
+    """
     point = SWEEPS["snr"].index((5, 200, 500))
+    names = (*config.density.models, "bilinear", "pooled")
     metrics: dict[str, Any] = {}
     for spacing in config.density.spacings:
-        thinned = config.copy_and_resolve_references()
-        thinned.grid.spacing = spacing
-        linear = linear_of(thinned)
-        metrics |= {f"density/{spacing}/{name}/db": decibels(row)[point] for name, row in linear.errors.items()}
-        tests = draw_tests("fixed", bank, thinned)
+        other = thinned(spacing, config)
+        linear, tests = linear_of(other), draw_tests("fixed", bank, other)
+        rows = score_linear("fixed", linear, tests, bank, other)
         for name in config.density.models:
-            run.say(f"one pilot row in {spacing}: {name_of(name)}")
-            model, params = train("fixed", name, bank, thinned, run, f"density_{spacing}_{name}")
-            metrics[f"density/{spacing}/{name}/db"] = score_model(model, params, tests)[:, point]
+            run.say(f"one pilot row in {spacing}: {name_of(name)}, {other.training.updates.fixed:,} updates")
+            rows[name] = score_model(*train("fixed", name, bank, other, run, f"density_{spacing}_{name}"), tests)
+        metrics |= {f"density/{spacing}/{name}/db": rows[name][:, point] for name in names}
+        metrics[f"density/{spacing}/bound/db"] = decibels(linear.errors["bound"])[point]
+    if not metrics:
+        return {}
+    spacings = set(config.density.spacings)
+    if all(f"fixed/{name}/db" in known for name in names):
+        first = config.grid.spacing
+        spacings.add(first)
+        metrics |= {f"density/{first}/{name}/db": np.asarray(known[f"fixed/{name}/db"])[:, point] for name in names}
+        metrics[f"density/{first}/bound/db"] = np.asarray(known["bound/db"])[point]
+    shown = ((*names, "bound"), sorted(spacings), config)
+    text = density_table(metrics, *shown)
+    run.say(text)
+    run.file("density.txt", text)
+    run.figure("density", draw_density(metrics, *shown))
     return metrics
 
 
 ROWS = (*RIVALS, "bilinear", "pooled", "sample")  # what the adaptive model is compared with
+# What chance can put an estimator below the conditional mean on 400 slots, in dB.
+SAMPLING_MARGIN = 0.1
 
 
 def _mean(metrics: Metrics, stage: str, name: str) -> float:
@@ -328,15 +424,26 @@ def _means_text(metrics: Metrics, stage: str, names: tuple[str, ...]) -> str:
 
 def _adaptive_is_best(metrics: Metrics) -> bool:
     ours, rivals = _mean(metrics, "fixed", "adafortitran"), {name: _mean(metrics, "fixed", name) for name in ROWS}
-    ahead = ours < min(rivals.values()) and ours <= rivals["fortitran"] - 0.5 and ours <= rivals["pooled"] - 1
-    fresh = [_mean(metrics, "fresh", name) for name in ("adafortitran", *ROWS)]
-    return bool(ahead and min(fresh) >= metrics["bound/mean"])
+    # np.min, not min: a NaN among them must be the smallest, so that every comparison with it fails.
+    lowest = np.min([*rivals.values()])
+    ahead = ours < lowest and ours <= rivals["fortitran"] - 0.5 and ours <= rivals["pooled"] - 1
+    names = ("adafortitran", *ROWS)
+    above = np.min([_mean(metrics, "fresh", name) for name in names]) >= metrics["bound/mean"]
+    return bool(ahead and above and _lowest_gap(metrics, names) >= -SAMPLING_MARGIN)
+
+
+def _lowest_gap(metrics: Metrics, names: Sequence[str]) -> float:
+    """The smallest difference in dB to the matched LMMSE, which is the bound on the same slots: any seed and point."""
+    matched = np.asarray(metrics["fresh/matched/db"], float)
+    return float(np.min([np.min(np.asarray(metrics[f"fresh/{name}/db"], float) - matched) for name in names]))
 
 
 def _adaptive_text(metrics: Metrics) -> str:
     bound = f"bound {float(metrics['bound/mean']):.2f}"
-    rows = (_means_text(metrics, stage, ("adafortitran", *ROWS)) for stage in STAGES)
-    return "; ".join(f"{stage} ({bound}): {text}" for stage, text in zip(STAGES, rows, strict=True))
+    names = ("adafortitran", *ROWS)
+    rows = (_means_text(metrics, stage, names) for stage in STAGES)
+    means = "; ".join(f"{stage} ({bound}): {text}" for stage, text in zip(STAGES, rows, strict=True))
+    return f"{means}; smallest distance to the matched LMMSE at a fresh point {_lowest_gap(metrics, names):+.2f}"
 
 
 CARD = {"grid": (-11.87, -13.34, -14.88), "pilot": (-8.47, -12.21, -13.44)}  # of CLOSED, means over the 17 points
@@ -412,7 +519,8 @@ CLAIMS = (
         "adaptive",
         "the three sweeps",
         "fixed channels, the same budget: the mean of the 17 points' dB is the lowest of all, at least 0.5 dB below "
-        "FortiTran's and 1 dB below that of the pooled LMMSE; on fresh channels nothing is below the bound",
+        "FortiTran's and 1 dB below that of the pooled LMMSE; on fresh channels no mean is below the bound, and at no "
+        f"point any seed more than {SAMPLING_MARGIN} dB below the matched LMMSE on the same 400 slots",
         "lowest in all three sweeps",
         _adaptive_text,
         _adaptive_is_best,

@@ -6,6 +6,7 @@ beforehand. The files are mapped into memory, not read.
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +15,7 @@ import numpy as np
 from jax import Array
 from ml_collections import ConfigDict
 
-from jaxpapers.data.download import DataNotFound, data_folder
+from jaxpapers.data.download import CorruptData, DataNotFound, data_folder
 from jaxpapers.data.images import ImageData, fashion_mnist, omniglot, split_drawers
 from jaxpapers.data.windows import host_batches
 
@@ -64,6 +65,8 @@ def load_images(recipe: ConfigDict, seed: int) -> ImageData:
 
     Raises:
       DataNotFound: a file is missing and cannot be downloaded.
+      CorruptData: a file is no whole array.
+      ValueError: arrays are not what the config says.
     """
     match recipe.source:
         case "omniglot":
@@ -77,22 +80,40 @@ def load_images(recipe: ConfigDict, seed: int) -> ImageData:
 
 
 def _arrays(recipe: ConfigDict) -> ImageData:
-    folder, arrays = data_folder() / recipe.folder, []
-    for part in ("train_images", "train_labels", "test_images", "test_labels"):
-        path = folder / f"{part}.npy"
-        if not path.is_file():
-            raise DataNotFound(
-                f"{path} is missing. No reader here downloads it: make the folder's train_images.npy and "
-                "test_images.npy (images, side, side, 3) uint8, train_labels.npy and test_labels.npy from the official "
-                "archives"
+    folder, shape = data_folder() / recipe.folder, shape_of(recipe)
+    parts: list[np.ndarray] = []
+    for part, count in (("train", shape.train), ("test", shape.test)):
+        images, labels = (_mapped(folder / f"{part}_{what}.npy") for what in ("images", "labels"))
+        expected = (np.dtype(np.uint8), (count, *shape.image))
+        if (images.dtype, images.shape) != expected:
+            raise ValueError(
+                f"{folder}/{part}_images.npy is {images.dtype} of shape {images.shape}, "
+                f"the config says {expected[0]} of shape {expected[1]}"
             )
-        array = np.load(path, mmap_mode="r")
-        arrays.append(array if part.endswith("images") else array.astype(np.int32))
-    shape = shape_of(recipe)
-    found = (len(arrays[0]), len(arrays[2]), arrays[0].shape[1:], arrays[1].max() + 1)
-    if found != tuple(shape):
-        raise ValueError(f"{folder} has images {found}, the config says {tuple(shape)}")
-    return ImageData(*arrays, classes=tuple(map(str, range(recipe.classes))))
+        if labels.dtype.kind not in "iu" or labels.shape != (count,):
+            raise ValueError(
+                f"{folder}/{part}_labels.npy is {labels.dtype} of shape {labels.shape}; "
+                f"{count} images need as many whole numbers"
+            )
+        if labels.min() < 0 or labels.max() >= shape.classes:
+            raise ValueError(
+                f"{folder}/{part}_labels.npy has labels {labels.min()} to {labels.max()}, "
+                f"the config says 0 to {shape.classes - 1}"
+            )
+        parts += [images, labels.astype(np.int32)]
+    return ImageData(*parts, classes=tuple(map(str, range(recipe.classes))))
+
+
+def _mapped(path: Path) -> np.ndarray:
+    if not path.is_file():
+        raise DataNotFound(
+            f"{path} is missing. No reader here downloads it: make the folder's train_images.npy and test_images.npy "
+            "(images, side, side, 3) uint8, train_labels.npy and test_labels.npy from the official archives"
+        )
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise CorruptData(f"{path} is no whole .npy file ({path.stat().st_size} bytes): {error}") from None
 
 
 def _generated(recipe: ConfigDict, seed: int) -> ImageData:

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from experiments import figures
 from experiments.harness import Metrics
+from experiments.representation._matryoshka_study import ways_of
 from jaxpapers.representation import matryoshka as mrl
 
 NAMES = {
@@ -24,6 +25,11 @@ NAMES = {
     "random_fs": "first features",
     "jl": "random projection",
     "random_lp": "random features, probe",
+    "finetuned_0": "fine-tuned: heads alone",
+    "finetuned_1": "fine-tuned: heads and the last layer",
+    "finetuned_2": "fine-tuned: heads and two layers",
+    "contrastive": "contrastive MRL",
+    "contrastive_ff": "contrastive, one model a size",
 }
 STYLES = {name: (colour, "-") for name, colour in zip(("mrl", "ff", "mrl_e", "slim"), figures.COLOURS, strict=False)}
 STYLES |= {name: (colour, "--") for name, colour in zip(("svd", "random_fs", "jl"), figures.COLOURS[4:], strict=True)}
@@ -82,13 +88,12 @@ def draw_retrieval(metrics: Metrics, name: str, config: ConfigDict) -> Figure:
             ax.annotate(
                 str(m), (x, y), xytext=(3, -10), textcoords="offset points", fontsize=7, color=figures.COLOURS[0]
             )
-        ways = [(f"{a}_to_{b}", f"{a}, re-ranked at {b}", "s", 1) for a, b, _ in recipe.adaptive]
-        ways += [(f"funnel_{a}", f"funnel from {a}", "^", 2) for a, *_ in recipe.funnels]
-        for way, label, marker, colour in ways:
-            x, y = (np.mean(metrics[f"{name}/retrieval/{way}/{of}"]) for of in ("mflops", what))
-            shade = figures.COLOURS[colour]
+        for index, (key, way) in enumerate(ways_of(recipe).items()):
+            x, y = (np.mean(metrics[f"{name}/retrieval/{key}/{of}"]) for of in ("mflops", what))
+            adaptive = index < len(recipe.adaptive)
+            shade, marker = figures.COLOURS[1 if adaptive else 2], "s" if adaptive else "^"
             ax.plot(x, y, marker, color=shade, markersize=7, markerfacecolor="none", markeredgewidth=1.5)
-            ax.annotate(label, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=7, color=shade)
+            ax.annotate(way.label, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=7, color=shade)
         ax.set_xscale("log")
         ax.set(xlabel="MFLOPs a query", title=title)
     axes[0].legend(fontsize=8, loc="lower right")
@@ -96,12 +101,14 @@ def draw_retrieval(metrics: Metrics, name: str, config: ConfigDict) -> Figure:
 
 
 def draw_cascade(metrics: Metrics, names: Sequence[str], config: ConfigDict) -> Figure:
-    """Accuracy of the cascade against the expected size, beside the single heads (Fig. 6); means over the splits."""
+    """Accuracy of the cascade against the expected size, beside single heads and oracle (Fig. 6, App. J); means."""
     figure, axes = figures.panels(len(names), width=4.2, height=3.4)
     for ax, name in zip(axes, names, strict=True):
         sizes, group = config[name].nesting, f"{name}/cascade_mrl"
         known, heads = curve(metrics, f"{group}/head", sizes)
         plot(ax, known, heads.mean(axis=-1), figures.GREY, "-", "single heads")
+        known, oracle = curve(metrics, f"{group}/oracle", sizes)
+        plot(ax, known, oracle, figures.GREY, ":", "oracle: any head up to m")
         kinds = (("expected", "cascade, E[m]", 0), ("cumulative", "cascade, all heads up to the exit", 1))
         for kind, label, colour in kinds:
             x, y = (curve(metrics, f"{group}/{what}", sizes)[1].mean(axis=-1) for what in (kind, "accuracy"))
@@ -155,4 +162,29 @@ def draw_ablations(metrics: Metrics, name: str, config: ConfigDict) -> Figure:
     axes[2].set(xlabel="size", title="nearest class mean (dotted: fixed features)", ylabel="accuracy (%)")
     if recipe.shots:
         axes[2].legend(fontsize=7)
+    return figure
+
+
+def draw_further(metrics: Metrics, name: str, config: ConfigDict) -> Figure:
+    """MRL by fine-tuning (App. K.1), contrastive MRL (App. C), superclasses, against the size."""
+    sizes = config[name].nesting
+    panels = (
+        ("top1", "fine-tuning, linear classifier", ("mrl", "ff", "finetuned_0", "finetuned_1", "finetuned_2")),
+        ("nn", "contrastive, 1-NN", ("contrastive", "contrastive_ff")),
+        ("map", f"contrastive, mAP@{config[name].neighbours}", ("contrastive", "contrastive_ff")),
+        ("super", "superclass", ("mrl", "ff")),
+    )
+    figure, axes = figures.panels(len(panels), width=3.4)
+    for ax, (what, title, variants) in zip(axes, panels, strict=True):
+        for variant, colour in zip(variants, figures.COLOURS, strict=False):
+            known, values = curve(metrics, f"{name}/{variant}/{what}", sizes)
+            plot(ax, known, values, colour, "-", NAMES[variant])
+        if what == "super":
+            known, fine = curve(metrics, f"{name}/mrl/top1", sizes)
+            plot(ax, known, fine, figures.COLOURS[0], ":", "MRL, the class itself")
+        by_size(ax, sizes)
+        ax.set(xlabel="size", title=title)
+        if ax.get_legend_handles_labels()[0]:
+            ax.legend(fontsize=7)
+    axes[0].set(ylabel="accuracy (%)")
     return figure

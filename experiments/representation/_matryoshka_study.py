@@ -4,27 +4,33 @@ A part of `matryoshka`. Accuracies are percentages, one number a seed; names of 
 
     <data>/<variant>/top1/<m>           linear classifier on m features
     <data>/<variant>/super/<m>          its superclass (Omniglot: the alphabet)
-    <data>/<variant>/nn/<m>, /map/<m>   1-NN accuracy and mAP@k in the training images
-    <data>/retrieval/<way>/nn, /map, /mflops
+    <data>/<variant>/nn/<m>, /map/<m>   1-NN accuracy and mAP@k in the training images, k = config.<data>.neighbours
+    <data>/<variant>/map@<k>/<m>, /precision@<k>/<m>, /recall@<k>/<m>, /hit@<k>/<m>
+    <data>/retrieval/<way>/...          the same measures, as far as the lists go, and /mflops
     <data>/cascade/<what>/<m>           (seeds, splits), of the cascade with the last exit m, or of the head m
+    <data>/cascade/oracle/<m>           share that any head up to m has right
     <data>/few_shot/<variant>/<m>/<n>   nearest class mean of n examples
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
-from functools import partial
-from typing import Any
+from functools import cache, partial
+from itertools import groupby
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from experiments.harness import Run
 from experiments.representation._matryoshka_data import superclasses
 from experiments.representation._matryoshka_training import (
+    ONE_SIZE,
     Embedded,
+    Trained,
     embed_model,
     families,
     make_embed,
@@ -35,24 +41,131 @@ from jaxpapers.representation import matryoshka as mrl
 from jaxpapers.train import place, to_host
 
 Scores = defaultdict[str, list[Any]]
-Search = Callable[[int, int], np.ndarray]  # (size, k) -> neighbours
+MEASURES = ("map", "precision", "recall", "hit")
 
-exact_search = jax.jit(mrl.exact_search, static_argnames=("k", "dim"))
-sharded_search = jax.jit(mrl.sharded_search, static_argnames=("k", "mesh", "dim"))
-rerank = jax.jit(mrl.rerank, static_argnames="dim")
-funnel = jax.jit(mrl.funnel, static_argnames=("dims", "lengths"))
-retrieval_metrics = jax.jit(mrl.retrieval_metrics, static_argnames="k")
 learn_thresholds = jax.jit(mrl.learn_thresholds)
 cascade = jax.jit(mrl.cascade, static_argnames="max_exit")
+
+
+class Index(NamedTuple):
+    """A database and its queries where they are searched, for all sizes.
+
+    Attributes:
+      database: on one device; or its rows split over those of a mesh, with zeros at the end, so that they divide it.
+      queries: whole on every device.
+      items: rows of the database that count.
+      mesh: None for one device.
+    """
+
+    database: Array
+    queries: Array
+    items: int
+    mesh: Mesh | None
+
+
+def make_index(database: np.ndarray, queries: np.ndarray, mesh: Mesh | None) -> Index:
+    """Brings both onto the devices; each gets its rows alone, and no second copy is made on the host."""
+    items, width = database.shape
+    if mesh is None:
+        return Index(jnp.asarray(database), jnp.asarray(queries), items, None)
+    rows = rows_of_a_device(items, mesh)
+
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+        found = database[index[0]]
+        return np.pad(found, ((0, rows - len(found)), (0, 0)))
+
+    whole, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
+    placed = jax.make_array_from_callback((rows * mesh.shape["data"], width), split, part)
+    return Index(placed, place(queries, whole), items, mesh)
+
+
+def rows_of_a_device(items: int, mesh: Mesh) -> int:
+    """Rows of a database that each device along `data` has."""
+    return -(-items // mesh.shape["data"])
+
+
+@cache
+def search_program(m: int, k: int, items: int, mesh: Mesh | None) -> Callable[[Array, Array], Array]:
+    """`(queries, database) -> neighbours` by m coordinates; jitted."""
+    if mesh is None:
+        return jax.jit(partial(mrl.exact_search, k=k, dim=m))
+    return jax.jit(partial(mrl.sharded_search, k=k, mesh=mesh, dim=m, valid=items))
+
+
+@cache
+def funnel_program(
+    dims: tuple[int, ...], lengths: tuple[int, ...], mesh: Mesh | None
+) -> Callable[[Array, Array, Array], Array]:
+    """`(neighbours, queries, database) -> neighbours` by stages; jitted. One stage is adaptive retrieval."""
+    return jax.jit(partial(mrl.funnel, dims=dims, lengths=lengths, mesh=mesh))
+
+
+@jax.jit
+def project(rows: Array, projection: Any) -> Array:
+    """Rows in other coordinates; they stay where they are."""
+    return jnp.matmul(rows, projection, precision="highest")
+
+
+svd_projection = jax.jit(mrl.svd_projection, static_argnames="k")  # zeros at the end change nothing
+
+
+def search(index: Index, m: int, k: int) -> np.ndarray:
+    """The k nearest by m coordinates, of every query."""
+    return to_host(search_program(m, k, index.items, index.mesh)(index.queries, index.database))
+
+
+def depth_of(recipe: ConfigDict) -> int:
+    """Length of the lists that are measured."""
+    return max(recipe.neighbours, *recipe.depths)
+
+
+class Way(NamedTuple):
+    """Retrieval in stages.
+
+    Attributes:
+      label: for figures.
+      small: size by which the lists are made.
+      dims: sizes by which they are ordered again.
+      lengths: and how long they then are.
+    """
+
+    label: str
+    small: int
+    dims: tuple[int, ...]
+    lengths: tuple[int, ...]
+
+
+def ways_of(recipe: ConfigDict) -> dict[str, Way]:
+    """Adaptive retrieval and funnels by name; where names would be the same, the short-list's length follows.
+
+    Raises:
+      ValueError: two with the same sizes and the same short-list.
+    """
+    found = [(f"{a}_to_{b}", Way(f"{a}, re-ranked at {b}", a, (b,), (k,))) for a, b, k in recipe.adaptive]
+    for small, dims, lengths in recipe.funnels:
+        found.append((f"funnel_{small}", Way(f"funnel from {small}", small, tuple(dims), tuple(lengths))))
+    counts = Counter(name for name, _ in found)
+    ways: dict[str, Way] = {}
+    for name, way in found:
+        if counts[name] > 1:
+            name, way = f"{name}_{way.lengths[0]}", way._replace(label=f"{way.label}, {way.lengths[0]} listed")
+        if name in ways:
+            raise ValueError(f"two ways of retrieval are {name}: they start from the same short-list")
+        ways[name] = way
+    return ways
 
 
 def study(name: str, data: ImageData, config: ConfigDict, run: Run) -> dict[str, Any]:
     """Trains and measures all models of a data set, one family after the other; what is measured is kept, no more."""
     recipe, scores = config[name], Scores(list)
+    pretrained: dict[int, Trained] = {}
     for family in families(recipe):
-        embed = make_embed(family, recipe)
-        for model in train_family(name, family, data, config, run):
-            measure(embed_model(embed, model, data, recipe, run.mesh), data, recipe, config.seed, run.mesh, scores)
+        embed, embed_database = (make_embed(family, recipe, heads) for heads in (family != "contrastive", False))
+        for model in train_family(name, family, data, config, run, pretrained):
+            if model.row.variant == "ff" and model.row.size == recipe.features:
+                pretrained[model.row.seed] = model
+            found = embed_model(embed, embed_database, model, data, recipe, run.mesh)
+            measure(found, data, recipe, config.seed, run.mesh, scores)
     measured = {f"{name}/{what}": np.array(values) for what, values in scores.items()}
     return {f"{name}/items": len(data.train_images), **measured}
 
@@ -60,28 +173,30 @@ def study(name: str, data: ImageData, config: ConfigDict, run: Run) -> dict[str,
 def measure(model: Embedded, data: ImageData, recipe: ConfigDict, seed: int, mesh: Mesh | None, scores: Scores) -> None:
     """Adds what a model's features and logits are worth."""
     variant, features = model.row.variant, recipe.features
-    score_heads(variant, model.nesting, model.logits, data, scores)
+    if model.logits is not None:
+        score_heads(variant, model.nesting, model.logits, data, scores)
+    index = None
     if recipe.neighbours:
         # Sizes without a head of their own are searched, too: those between MRL's, all of the ablations'.
-        sizes = model.nesting if variant == "ff" else tuple(recipe.nesting)
+        sizes = model.nesting if variant in ONE_SIZE else tuple(recipe.nesting)
         sizes += mrl.sizes_between(recipe.nesting) if variant == "mrl" else ()
-        for m in sizes:
-            search = make_search(*_part(model, m), mesh)
-            score_lists(f"{variant}/{{}}/{m}", search(m, recipe.neighbours), data, recipe, scores)
-    if variant == "mrl":
-        score_ways(model, data, recipe, mesh, scores)
+        for part, wanted in groupby(sizes, lambda m: narrowest(model.queries, m)):
+            index = make_index(model.database[part], model.queries[part], mesh)
+            for m in wanted:
+                score_lists(f"{variant}/{{}}/{m}", search(index, m, depth_of(recipe)), data, recipe, scores)
+    if variant == "mrl" and index is not None:
+        score_ways(index, data, recipe, scores)
     if variant in ("mrl", "mrl_e") and recipe.splits:
         score_cascade(variant, model, data, recipe, seed, scores)
     if variant in ("mrl", "ff"):
         score_few_shot(model, data, recipe, seed, scores)
     if model.row.variant == "ff" and model.row.size == features:
-        score_compressed(model, data, recipe, seed, mesh, scores)
+        score_compressed(model, index, data, recipe, seed, scores)
 
 
-def _part(model: Embedded, m: int) -> tuple[np.ndarray, np.ndarray]:
-    """Database and queries of the narrowest network that has m features."""
-    index = next(index for index, z in enumerate(model.queries) if z.shape[1] >= m)
-    return model.database[index], model.queries[index]
+def narrowest(parts: list[np.ndarray], m: int) -> int:
+    """Number of the narrowest network that has m features."""
+    return next(index for index, z in enumerate(parts) if z.shape[1] >= m)
 
 
 def percent(right: Any) -> float:
@@ -99,83 +214,70 @@ def score_heads(variant: str, sizes: Any, logits: np.ndarray, data: ImageData, s
             scores[f"{variant}/super/{m}"].append(percent(groups[predicted] == groups[data.test_labels]))
 
 
-def make_search(database: np.ndarray, queries: np.ndarray, mesh: Mesh | None) -> Search:
-    """Exact search by prefixes, over the devices of a mesh where there is one."""
-    if mesh is None:
-        return lambda m, k: np.asarray(exact_search(queries, database, k=k, dim=m))
-    rows = -(-len(database) // mesh.shape["data"]) * mesh.shape["data"]
-    if rows == len(database):
-        database = place(database, NamedSharding(mesh, PartitionSpec("data")))
-    return lambda m, k: to_host(sharded_search(queries, database, k=k, mesh=mesh, dim=m))
+@partial(jax.jit, static_argnames="depths")
+def measures_of(neighbors: Any, db_labels: Any, query_labels: Any, depths: tuple[int, ...]) -> list[Any]:
+    """Measures of lists, at several lengths."""
+    return [mrl.retrieval_metrics(neighbors, db_labels, query_labels, k) for k in depths]
 
 
 def score_lists(name: str, neighbors: np.ndarray, data: ImageData, recipe: ConfigDict, scores: Scores) -> None:
-    """1-NN accuracy and mAP of lists."""
-    found = retrieval_metrics(neighbors, data.train_labels, data.test_labels, k=recipe.neighbours)
-    scores[name.format("nn")].append(100 * float(found.top1))
-    scores[name.format("map")].append(100 * float(found.map_at_k))
+    """1-NN accuracy of lists; mAP, precision, recall and hit rate at all lengths that they have."""
+    depths = tuple(k for k in recipe.depths if k <= neighbors.shape[1])
+    first, *found = measures_of(neighbors, data.train_labels, data.test_labels, (recipe.neighbours, *depths))
+    scores[name.format("nn")].append(100 * float(first.top1))
+    scores[name.format("map")].append(100 * float(first.map_at_k))
+    for k, measured in zip(depths, found, strict=True):
+        values = (measured.map_at_k, measured.precision, measured.recall, measured.hit_rate)
+        for what, value in zip(MEASURES, values, strict=True):
+            scores[name.format(f"{what}@{k}")].append(100 * float(value))
 
 
-def score_ways(model: Embedded, data: ImageData, recipe: ConfigDict, mesh: Mesh | None, scores: Scores) -> None:
+def score_ways(index: Index, data: ImageData, recipe: ConfigDict, scores: Scores) -> None:
     """Adaptive and funnel retrieval: accuracy and MFLOPs a query (Fig. 8)."""
-    if not recipe.adaptive and not recipe.funnels:
-        return
-    (database,), (queries,) = model.database, model.queries
-    search, items = make_search(database, queries, mesh), len(database)
-    for small, large, k in recipe.adaptive:
-        way = f"retrieval/{small}_to_{large}"
-        score_lists(
-            way + "/{}", np.asarray(rerank(search(small, k), queries, database, dim=large)), data, recipe, scores
-        )
-        scores[f"{way}/mflops"].append(mrl.search_mflops(items, small, k, large))
-    for small, dims, lengths in recipe.funnels:
-        way, stages = f"retrieval/funnel_{small}", {"dims": tuple(dims), "lengths": tuple(lengths)}
-        listed = search(small, lengths[0])
-        score_lists(way + "/{}", np.asarray(funnel(listed, queries, database, **stages)), data, recipe, scores)
-        scores[f"{way}/mflops"].append(mrl.funnel_mflops(items, small, dims, lengths))
+    for name, way in ways_of(recipe).items():
+        listed = search(index, way.small, way.lengths[0])
+        found = to_host(funnel_program(way.dims, way.lengths, index.mesh)(listed, index.queries, index.database))
+        score_lists(f"retrieval/{name}/{{}}", found, data, recipe, scores)
+        mflops = mrl.funnel_mflops(index.items, way.small, way.dims, way.lengths)
+        scores[f"retrieval/{name}/mflops"].append(mflops)
 
 
 def score_compressed(
-    model: Embedded, data: ImageData, recipe: ConfigDict, seed: int, mesh: Mesh | None, scores: Scores
+    model: Embedded, index: Index | None, data: ImageData, recipe: ConfigDict, seed: int, scores: Scores
 ) -> None:
     """What full-size fixed features give when they are compressed afterwards (Tables 1, 2).
 
     A rotation of the features by the singular vectors, or a random projection, is done once: its prefixes are the
     projections to fewer dimensions.
     """
-    (database,), (queries,) = model.database or [None], model.queries
-    layer = model.head["head_0"]
-    rank = min(layer["kernel"].shape)
+    (queries,), layer = model.queries, model.head["head_0"]
     key = jax.random.fold_in(jax.random.key(seed), model.row.seed)
     sizes = tuple(recipe.nesting)
-    full = mrl.svd_head(layer["kernel"], layer["bias"], rank)
+    full = mrl.svd_head(layer["kernel"], layer["bias"], min(layer["kernel"].shape))
     reduced = np.asarray(queries @ full.projection)
     kernel, bias = np.asarray(full.kernel), np.asarray(full.bias)
     truncated = np.stack([reduced[:, :m] @ kernel[:m] + bias for m in sizes])
     score_heads("svd", sizes, truncated, data, scores)
-    if recipe.probe_updates and database is not None:
+    if recipe.probe_updates and model.database:
         chosen = [mrl.random_features(key, recipe.features, m) for m in sizes]
         masks = jnp.stack([jnp.zeros(recipe.features).at[rows].set(1) for rows in chosen])
-        score_heads(
-            "random_lp",
-            sizes,
-            np.asarray(probed(masks, database, queries, data.train_labels, len(data.classes), recipe.probe_updates)),
-            data,
-            scores,
-        )
-    if not recipe.neighbours or database is None:
+        fitted = masks, model.database[0], queries, data.train_labels, len(data.classes), recipe.probe_updates
+        score_heads("random_lp", sizes, np.asarray(probed(*fitted)), data, scores)
+    if index is None:
         return
-    width = min(database.shape)
     ways = {
-        "svd": np.asarray(mrl.svd_projection(database, width)),
-        "random_fs": np.eye(recipe.features, dtype=np.float32),  # the order of a fixed feature means nothing
-        "jl": np.asarray(mrl.jl_projection(key, recipe.features, recipe.features)),
+        "random_fs": None,  # the features as they are: the order of a fixed feature means nothing
+        "svd": to_host(svd_projection(index.database, k=min(index.items, recipe.features))),
+        "jl": to_host(mrl.jl_projection(key, recipe.features, recipe.features)),
     }
     for variant, projection in ways.items():
-        search = make_search(database @ projection, queries @ projection, mesh)
+        turned, width = index, recipe.features
+        if projection is not None:
+            database, turned_queries = (project(rows, projection) for rows in (index.database, index.queries))
+            turned, width = index._replace(database=database, queries=turned_queries), projection.shape[1]
         for m in sizes:
-            if m <= projection.shape[1]:
-                score_lists(f"{variant}/{{}}/{m}", search(m, recipe.neighbours), data, recipe, scores)
+            if m <= width:
+                score_lists(f"{variant}/{{}}/{m}", search(turned, m, depth_of(recipe)), data, recipe, scores)
 
 
 @partial(jax.jit, static_argnums=(4, 5))
@@ -195,34 +297,33 @@ def score_few_shot(model: Embedded, data: ImageData, recipe: ConfigDict, seed: i
         return
     (database,), (queries,) = model.database, model.queries
     rng, labels = np.random.default_rng((seed, model.row.seed)), data.train_labels
-    places = []
-    for _ in range(recipe.draws):
-        order = np.lexsort((rng.uniform(size=len(labels)), labels))  # class by class, at random within each
-        starts = np.searchsorted(labels[order], labels[order])
-        place_of = np.empty(len(labels), int)
-        place_of[order] = np.arange(len(labels)) - starts
-        places.append(place_of)
-    weights = np.stack([[place_of < n for place_of in places] for n in recipe.shots]).astype(np.float32)
+    by_class = np.sort(labels)
+    place = np.arange(len(labels)) - np.searchsorted(by_class, by_class)  # of each image within its class
+    listed = place < max(recipe.shots)
+    draws = [np.lexsort((rng.uniform(size=len(labels)), labels))[listed] for _ in range(recipe.draws)]
+    support = database[np.stack(draws)]
+    weights = (place[listed] < np.array(recipe.shots)[:, None]).astype(np.float32)
     for m in model.nesting:
-        predicted = np.asarray(nearest_means(database, labels, queries, weights, len(data.classes), m))
+        predicted = np.asarray(nearest_means(support, by_class[listed], queries, weights, len(data.classes), m))
         for n, row in zip(recipe.shots, predicted, strict=True):
             scores[f"few_shot/{model.row.variant}/{m}/{n}"].append(percent(row == data.test_labels))
 
 
 @partial(jax.jit, static_argnums=(4, 5))
 def nearest_means(support: Any, labels: Any, queries: Any, weights: Any, classes: int, m: int) -> Any:
-    """Predictions (shots, draws, queries) by the examples that the weights leave."""
+    """Predictions (shots, draws, queries) by the examples (draws, examples, width) that each row of weights leaves."""
 
-    def one(weights: Any) -> Any:
-        return mrl.nearest_class_mean(support, labels, queries, classes, dim=m, weights=weights)
+    def one(examples: Any, weights: Any) -> Any:
+        return mrl.nearest_class_mean(examples, labels, queries, classes, dim=m, weights=weights)
 
-    return jax.lax.map(jax.vmap(one), weights)
+    return jax.lax.map(lambda row: jax.vmap(one, in_axes=(0, None))(support, row), weights)
 
 
 def score_cascade(
     variant: str, model: Embedded, data: ImageData, recipe: ConfigDict, seed: int, scores: Scores
 ) -> None:
     """Adaptive classification: thresholds from a random part of the test images, accuracy and size on the others."""
+    assert model.logits is not None
     if model.mirrored is None:
         probs = np.asarray(jax.nn.softmax(model.logits, axis=-1))
     else:
@@ -244,5 +345,7 @@ def score_cascade(
             found[f"head/{m}"].append(percent(right[last, rest]))
     for what, row in found.items():
         scores[f"{group}/{what}"].append(row)
+    for last, m in enumerate(sizes):
+        scores[f"{group}/oracle/{m}"].append(100 * float(mrl.oracle_accuracy(probs[: last + 1], labels)))
     scores[f"{group}/oracle"].append(100 * float(mrl.oracle_accuracy(probs, labels)))
     scores[f"{group}/majority"].append(percent(np.asarray(mrl.majority_vote(probs)) == labels))

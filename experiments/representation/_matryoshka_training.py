@@ -2,8 +2,10 @@
 
 A part of `matryoshka`. A family is what trains in one program: MRL and its boosted importance; MRL-E; MRL with other
 sizes; the fixed features FF-m of all sizes (one network with the features from m on masked, which is FF-m exactly); the
-slimmable network. Small encoders (MLP) train together under `vmap`, all seeds; residual networks one by one, their
-batches split over the mesh. All models of a seed see the same images, changed in the same way, in the same order.
+slimmable network; MRL by fine-tuning FF-d, a family for each number of layers that learn (App. K.1); contrastive MRL
+with its rivals of one size, whose importance is 0 elsewhere (App. C). Small encoders (MLP) train together under `vmap`,
+all seeds; ResNets and ViTs one by one, their batches split over the mesh. All models of a seed see the same images,
+changed in the same way, in the same order.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -23,11 +25,13 @@ from experiments.representation._matryoshka_data import augment, centre_crop, ep
 from jaxpapers.data.images import ImageData
 from jaxpapers.data.windows import host_batches
 from jaxpapers.nn.resnet import ResNet
+from jaxpapers.nn.vit import ViT
 from jaxpapers.representation.matryoshka import (
     NestedHead,
     SlimmableMLP,
     init_slimmable,
     keep_first,
+    nested_contrastive,
     nested_cross_entropy,
     slimmable_features,
     uniform_sizes,
@@ -49,7 +53,7 @@ from jaxpapers.train import (
     vmap_step,
 )
 
-# Family -> its variants; the variants of a family differ in numbers alone.
+# Family -> its variants, which differ in numbers alone; a family that starts from another's models comes later.
 FAMILIES = {
     "mrl": ("mrl", "mrl_boost"),
     "mrl_e": ("mrl_e",),
@@ -57,7 +61,15 @@ FAMILIES = {
     "late": ("late",),
     "ff": ("ff",),
     "slim": ("slim",),
+    "finetuned_0": ("finetuned_0",),
+    "finetuned_1": ("finetuned_1",),
+    "finetuned_2": ("finetuned_2",),
+    "contrastive": ("contrastive", "contrastive_ff"),
 }
+# Family -> how many of the encoder's last layers learn with the new heads.
+FINETUNED = {"finetuned_0": 0, "finetuned_1": 1, "finetuned_2": 2}
+ONE_SIZE = ("ff", "contrastive_ff")  # variants whose models are trained for one size each
+ENCODERS = ("mlp", "resnet", "vit")
 VARIANTS = tuple(variant for variants in FAMILIES.values() for variant in variants)
 SLIM_WIDTHS = (0.25, 0.5, 0.75, 1.0)
 POPULATION_RULES = (("", PartitionSpec("data")),)  # on a mesh, every device trains its share of the models
@@ -65,7 +77,7 @@ SCHEDULES = ("one_cycle", "triangle")
 
 
 class Row(NamedTuple):
-    """A model: its variant, the size of its features (FF-m: m; others: all) and its seed."""
+    """A model: its variant, the size of its features (of one size: m; others: all) and its seed."""
 
     variant: str
     size: int
@@ -80,8 +92,21 @@ def families(recipe: ConfigDict) -> list[str]:
 def rows_of(family: str, recipe: ConfigDict) -> list[Row]:
     """The models of a family."""
     variants = [variant for variant in FAMILIES[family] if variant in recipe.variants]
-    sizes = recipe.nesting if family == "ff" else (recipe.features,)
-    return [Row(v, m, seed) for v in variants for m in sizes for seed in range(recipe.num_seeds)]
+    sizes = {"ff": recipe.nesting, "contrastive_ff": recipe.contrastive_sizes}
+    every = (recipe.features,)
+    return [Row(v, m, seed) for v in variants for m in sizes.get(v, every) for seed in range(recipe.num_seeds)]
+
+
+def recipe_of(family: str, recipe: ConfigDict) -> ConfigDict:
+    """The recipe with the budget of a family: fine-tuned and contrastive models have their own."""
+    own = recipe.copy_and_resolve_references()
+    if family in FINETUNED:
+        own.updates, own.rate = recipe.finetune_updates, recipe.finetune_rate
+        if recipe.encoder != "mlp":  # from the start at the resolution at which the encoder's training ended
+            own.epochs, own.sides = recipe.finetune_epochs, (recipe.sides[1],) * 2
+    elif family == "contrastive":
+        own.updates = recipe.contrastive_updates
+    return own
 
 
 def nesting_of(family: str, recipe: ConfigDict) -> tuple[int, ...]:
@@ -90,7 +115,7 @@ def nesting_of(family: str, recipe: ConfigDict) -> tuple[int, ...]:
         case "ff":
             return (recipe.features,)
         case "uniform":
-            return uniform_sizes(recipe.features, len(recipe.nesting), recipe.nesting[0])
+            return uniform_sizes(recipe.features, recipe.uniform_count, recipe.nesting[0])
         case "late":
             return tuple(recipe.nesting[1:])
         case "slim":
@@ -99,18 +124,38 @@ def nesting_of(family: str, recipe: ConfigDict) -> tuple[int, ...]:
             return tuple(recipe.nesting)
 
 
-def networks(family: str, recipe: ConfigDict) -> tuple[SlimmableMLP | ResNet, NestedHead]:
+def networks(family: str, recipe: ConfigDict) -> tuple[SlimmableMLP | ResNet | ViT, NestedHead]:
     """Encoder and head."""
     head = NestedHead(shape_of(recipe).classes, nesting_of(family, recipe), tied=family in ("mrl_e", "slim"))
     if recipe.encoder == "mlp":
         return SlimmableMLP(tuple(recipe.hidden), recipe.features), head
+    dtype = jnp.dtype(recipe.dtype)
+    if recipe.encoder == "vit":
+        layers = recipe.num_layers, recipe.num_heads, recipe.mlp_units
+        return ViT(recipe.patch, recipe.features, *layers, dtype=dtype), head
     blocks = tuple(recipe.stage_sizes), recipe.bottleneck, recipe.width
-    return ResNet(*blocks, recipe.stem, recipe.blur, dtype=jnp.dtype(recipe.dtype)), head
+    return ResNet(*blocks, recipe.stem, recipe.blur, dtype=dtype), head
+
+
+def encoder_layers(recipe: ConfigDict) -> list[str]:
+    """Regular expressions of the encoder's layers (residual networks: blocks), the first one first."""
+    match recipe.encoder:
+        case "mlp":
+            return [rf"(kernel|bias|norm)_{index}(/|$)" for index in range(len(recipe.hidden) + 1)]
+        case "resnet":
+            blocks = [(stage, index) for stage, count in enumerate(recipe.stage_sizes) for index in range(count)]
+            return ["stem(_norm)?/", *(f"stage{stage}_block{index}/" for stage, index in blocks)]
+        case _:
+            first, last = [r"(patches|positions|class_token)(/|$)"], recipe.num_layers - 1
+            blocks = [f"blocks/layers_{index}/" for index in range(last)]
+            return [*first, *blocks, f"(blocks/layers_{last}|norm)/"]
 
 
 def importance_of(row: Row, family: str, recipe: ConfigDict) -> np.ndarray:
     """c_m of a model."""
     weights = np.ones(len(nesting_of(family, recipe)), np.float32)
+    if row.variant == "contrastive_ff":
+        return np.float32([m == row.size for m in nesting_of(family, recipe)])
     if row.variant == "mrl_boost":
         boosted = recipe.boost[: len(weights)]
         weights[: len(boosted)] = boosted
@@ -130,51 +175,72 @@ def initialiser(family: str, recipe: ConfigDict) -> Callable[[Array], tuple[Any,
     encoder, head = networks(family, recipe)
 
     def init(key: Array) -> tuple[Any, Any]:
-        x = jnp.zeros(encoder_input(recipe, 32).shape)  # a convolution's parameters do not depend on the image's size
+        # A convolution's parameters do not depend on the image's size, a ViT's positions do.
+        x = jnp.zeros(encoder_input(recipe, recipe.sides[0] if recipe.encoder == "vit" else 32).shape)
         encoder_key, head_key = jax.random.split(key)
         if family == "slim":
             variables = init_slimmable(encoder, SLIM_WIDTHS, encoder_key, x)
         else:
             variables = encoder.init(encoder_key, x)
-        params = {
-            "encoder": variables["params"],
-            "head": head.init(head_key, jnp.zeros((1, recipe.features)))["params"],
-        }
-        return params, variables["batch_stats"]
+        params = {"encoder": variables["params"]}
+        if family != "contrastive":
+            params["head"] = head.init(head_key, jnp.zeros((1, recipe.features)))["params"]
+        return params, variables.get("batch_stats", {})
 
     return init
 
 
-def classify(family: str, recipe: ConfigDict, params: Any, extra: Mapping[str, Any], x: Array, train: bool) -> tuple:
-    """Logits of all heads (sizes, batch, classes), features of each width that is no other's part, statistics."""
-    encoder, head = networks(family, recipe)
-    variables = {"params": params["encoder"], "batch_stats": extra["batch_stats"]}
+def represent(
+    family: str, recipe: ConfigDict, params: Any, extra: Mapping[str, Any], x: Array, train: bool
+) -> tuple[list[Array], Any]:
+    """Features of each width that is no other's part, and the running statistics."""
+    encoder, _ = networks(family, recipe)
+    statistics = extra["batch_stats"]
+    variables = {"params": params["encoder"], "batch_stats": statistics}
     if family == "slim":
-        parts, statistics = slimmable_features(encoder, SLIM_WIDTHS, variables, x, train)
-        kernel, bias = params["head"]["kernel"], params["head"]["bias"]
-        return jnp.stack([z @ kernel[: z.shape[1]] + bias for z in parts]), parts, statistics
-    if train:
+        return slimmable_features(encoder, SLIM_WIDTHS, variables, x, train)
+    if train and statistics and family not in FINETUNED:  # a fine-tuned encoder keeps its statistics
         z, changed = encoder.apply(variables, x, train=True, mutable="batch_stats")
-        statistics = changed["batch_stats"]
-    else:
-        z, statistics = encoder.apply(variables, x), extra["batch_stats"]
-    seen = keep_first(z, extra["size"]) if family == "ff" else z
-    return head.apply({"params": params["head"]}, seen), [z], statistics
+        return [z], changed["batch_stats"]
+    return [encoder.apply(variables, x)], statistics
+
+
+def logits_of(family: str, recipe: ConfigDict, params: Any, extra: Mapping[str, Any], parts: list[Array]) -> Array:
+    """Of all heads (sizes, batch, classes)."""
+    if family == "slim":
+        kernel, bias = params["head"]["kernel"], params["head"]["bias"]
+        return jnp.stack([z @ kernel[: z.shape[1]] + bias for z in parts])
+    _, head = networks(family, recipe)
+    seen = keep_first(parts[0], extra["size"]) if family == "ff" else parts[0]
+    return head.apply({"params": params["head"]}, seen)
 
 
 def loss_of(family: str, recipe: ConfigDict, side: int = 0) -> LossFn:
-    """Eq. 1 on batches {"image", "label"}: numbers that were changed already (MLP), or bytes that are cropped here."""
+    """Eq. 1 on batches {"image", "label"}: numbers that were changed already (MLP), or bytes that are cropped here.
+
+    Contrastive: Eq. 1 with InfoNCE of two views of every image, {"image", "other"}, or two crops.
+    """
+    flat = recipe.encoder == "mlp"
 
     def loss_fn(params: Any, extra: Any, batch: dict[str, Array], key: Array) -> tuple:
-        x = batch["image"]
-        if recipe.encoder != "mlp":
-            x = augment(recipe, key, pixels(x), side)
-        logits, _, statistics = classify(family, recipe, params, extra, x, train=True)
+        x = batch["image"] if flat else augment(recipe, key, pixels(batch["image"]), side)
+        parts, statistics = represent(family, recipe, params, extra, x, train=True)
+        logits = logits_of(family, recipe, params, extra, parts)
         loss = nested_cross_entropy(logits, batch["label"], extra["importance"], recipe.label_smoothing)
         accuracy = jnp.mean(jnp.argmax(logits[-1], axis=-1) == batch["label"])
         return loss, ({**extra, "batch_stats": statistics}, {"accuracy": accuracy})
 
-    return loss_fn
+    def contrastive(params: Any, extra: Any, batch: dict[str, Array], key: Array) -> tuple:
+        if flat:
+            views = [batch["image"], batch["other"]]
+        else:
+            views = [augment(recipe, each, pixels(batch["image"]), side) for each in jax.random.split(key)]
+        (z,), statistics = represent(family, recipe, params, extra, jnp.concatenate(views), train=True)
+        u, v = jnp.split(z, 2)
+        loss = nested_contrastive(u, v, nesting_of(family, recipe), recipe.temperature, extra["importance"])
+        return loss, ({**extra, "batch_stats": statistics}, {})
+
+    return contrastive if family == "contrastive" else loss_fn
 
 
 def learning_rate(recipe: ConfigDict) -> optax.Schedule:
@@ -185,16 +251,22 @@ def learning_rate(recipe: ConfigDict) -> optax.Schedule:
     return lambda step: recipe.rate * jnp.interp(step, jnp.array([0, top, recipe.updates]), jnp.array([1e-4, 1.0, 0.0]))
 
 
-def optimizer_of(recipe: ConfigDict) -> optax.GradientTransformation:
-    """AdamW as PyTorch has it (everything decays), or SGD with momentum 0.9, whose decay spares the norms."""
+def optimizer_of(family: str, recipe: ConfigDict) -> optax.GradientTransformation:
+    """AdamW as PyTorch has it (everything decays), or SGD with momentum 0.9, whose decay spares the norms.
+
+    Of a fine-tuned model the first layers are frozen.
+    """
+    layers = encoder_layers(recipe)
+    still = layers[: len(layers) - FINETUNED[family]] if family in FINETUNED else []
+    frozen = [f"^encoder/{layer}" for layer in still]
     if recipe.optimizer == "adamw":
-        return make_optimizer("adamw", learning_rate(recipe), weight_decay=recipe.weight_decay)
+        return make_optimizer("adamw", learning_rate(recipe), frozen=frozen, weight_decay=recipe.weight_decay)
 
     def decays(params: Any) -> Any:
         return jax.tree.map_with_path(lambda path, _: "norm" not in jax.tree_util.keystr(path), params)
 
     decay = optax.add_decayed_weights(recipe.weight_decay, decays)
-    return optax.chain(decay, make_optimizer("sgd", learning_rate(recipe), momentum=0.9))
+    return optax.chain(decay, make_optimizer("sgd", learning_rate(recipe), frozen=frozen, momentum=0.9))
 
 
 def fresh_statistics(shapes: Any, models: tuple[int, ...] = ()) -> Any:
@@ -205,13 +277,29 @@ def fresh_statistics(shapes: Any, models: tuple[int, ...] = ()) -> Any:
 
 
 def extra_of(rows: list[Row], family: str, recipe: ConfigDict) -> dict[str, Any]:
-    """What differs between the models of a family, a row each, and their statistics before the first update."""
+    """What differs between the models of a family, a row each, and their statistics as BatchNorm starts."""
     _, statistics = jax.eval_shape(initialiser(family, recipe), jax.random.key(0))
     return {
         "batch_stats": fresh_statistics(statistics, (len(rows),)),
         "importance": np.stack([importance_of(row, family, recipe) for row in rows]),
         "size": np.array([row.size for row in rows], np.int32),
     }
+
+
+class Trained(NamedTuple):
+    """A trained model, on the host.
+
+    Attributes:
+      row: which it is.
+      family: of its program.
+      params: of encoder and head.
+      extra: running statistics, importance, size.
+    """
+
+    row: Row
+    family: str
+    params: Any
+    extra: Any
 
 
 class Population(NamedTuple):
@@ -240,12 +328,13 @@ def set_up_population(
     seed: int,
     mesh: Mesh | None = None,
     jit: Callable[..., Callable] = jit_once,
+    pretrained: Mapping[int, Trained] | None = None,
 ) -> Population:
-    """State, update and batches of a family of small networks."""
+    """State, update and batches of a family of small networks; fine-tuned ones start from the model of their seed."""
     rows = rows_of(family, recipe)
     devices = mesh.shape["data"] if mesh else 1
     rows += rows[-1:] * (-len(rows) % devices)
-    optimizer, init = optimizer_of(recipe), initialiser(family, recipe)
+    optimizer, init = optimizer_of(family, recipe), initialiser(family, recipe)
     seeds = jax.random.split(jax.random.key(seed), recipe.num_seeds)
     init_keys, data_keys, keys = jnp.moveaxis(jax.vmap(lambda key: jax.random.split(key, 3))(seeds), 1, 0)
     of_seed = np.array([row.seed for row in rows])
@@ -254,8 +343,19 @@ def set_up_population(
         [epoch_rows(len(images), recipe.batch_size, recipe.updates, seed + index) for index in range(recipe.num_seeds)]
     )
 
+    extra, learned = extra_of(rows, family, recipe), None
+    if pretrained:
+        models = [pretrained[row_seed] for row_seed in of_seed]
+        learned, statistics = (
+            jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
+            for trees in ([m.params["encoder"] for m in models], [m.extra["batch_stats"] for m in models])
+        )
+        extra |= {"batch_stats": statistics}
+
     def start(index: Array) -> Any:
         params, _ = init(init_keys[jnp.asarray(of_seed)[index]])
+        if learned is not None:
+            params = {**params, "encoder": jax.tree.map(lambda leaf: jnp.asarray(leaf)[index], learned)}
         if family == "ff":  # a head of m inputs starts within 1/sqrt(m), not 1/sqrt(d)
             scale = jnp.sqrt(recipe.features / jnp.asarray(sizes)[index])
             params = {**params, "head": jax.tree.map(lambda leaf: scale * leaf, params["head"])}
@@ -263,34 +363,52 @@ def set_up_population(
 
     def draw(step: Array) -> dict[str, Array]:
         chosen = jnp.asarray(order)[:, step]
-        found = jax.vmap(lambda key, part: augment(recipe, jax.random.fold_in(key, step), pixels(part)))(
-            data_keys, jnp.asarray(images)[chosen]
-        )
-        flat = found.reshape(*found.shape[:2], -1)
-        return {"image": flat[of_seed], "label": jnp.asarray(labels)[chosen][of_seed]}
+        originals = pixels(jnp.asarray(images)[chosen])
+
+        step_keys = jax.vmap(lambda key: jax.random.fold_in(key, step))(data_keys)
+
+        def view(keys: Array) -> Array:
+            found = jax.vmap(lambda key, part: augment(recipe, key, part))(keys, originals)
+            return found.reshape(*found.shape[:2], -1)[of_seed]
+
+        if family == "contrastive":
+            others = jax.vmap(lambda key: jax.random.fold_in(key, 1))(step_keys)
+            return {"image": view(step_keys), "other": view(others)}
+        return {"image": view(step_keys), "label": jnp.asarray(labels)[chosen][of_seed]}
 
     return Population(
         rows,
-        create_population(start, optimizer, jnp.arange(len(rows)), extra_of(rows, family, recipe), jit),
+        create_population(start, optimizer, jnp.arange(len(rows)), extra, jit),
         vmap_step(make_train_step(loss_of(family, recipe), optimizer)),
         OnDevice(draw),
         keys[of_seed],
     )
 
 
-def single_state(row: Row, family: str, recipe: ConfigDict, seed: int) -> TrainState:
-    """One residual network before its first update."""
-    params, statistics = initialiser(family, recipe)(jax.random.fold_in(jax.random.key(seed), row.seed))
+def single_state(
+    row: Row,
+    family: str,
+    recipe: ConfigDict,
+    seed: int,
+    pretrained: Mapping[int, Trained] | None = None,
+    jit: Callable[..., Callable] = jit_once,
+) -> TrainState:
+    """One large network before its first update."""
+    params, statistics = jit(initialiser(family, recipe))(jax.random.fold_in(jax.random.key(seed), row.seed))
+    if pretrained:
+        model = pretrained[row.seed]
+        params, statistics = {**params, "encoder": model.params["encoder"]}, model.extra["batch_stats"]
     if family == "ff":
         scale = (recipe.features / row.size) ** 0.5
         params = {**params, "head": jax.tree.map(lambda leaf: scale * leaf, params["head"])}
     extra = {"batch_stats": statistics, "importance": importance_of(row, family, recipe), "size": np.int32(row.size)}
-    return create_state(params, optimizer_of(recipe), jax.tree.map(jnp.asarray, extra))
+    params, extra = jax.tree.map(jnp.array, (params, extra))  # copies: `fit` donates them, others start from them, too
+    return create_state(params, optimizer_of(family, recipe), extra)
 
 
 def single_step(family: str, recipe: ConfigDict, side: int) -> TrainStep:
-    """The update of one residual network, on crops of a side."""
-    return make_train_step(loss_of(family, recipe, side), optimizer_of(recipe))
+    """The update of one large network, on crops of a side."""
+    return make_train_step(loss_of(family, recipe, side), optimizer_of(family, recipe))
 
 
 def crop_sides(recipe: ConfigDict) -> list[tuple[int, int]]:
@@ -305,30 +423,26 @@ def crop_sides(recipe: ConfigDict) -> list[tuple[int, int]]:
     return [(steps[last - 1], last * epoch) for last in changes] + [(steps[-1], recipe.updates)]
 
 
-class Trained(NamedTuple):
-    """A trained model, on the host.
+def train_family(
+    name: str, family: str, data: ImageData, config: ConfigDict, run: Run, pretrained: Mapping[int, Trained]
+) -> Iterator[Trained]:
+    """Trains the models of a family on a data set; yields them in the order of `rows_of`.
 
-    Attributes:
-      row: which it is.
-      family: of its program.
-      params: of encoder and head.
-      extra: running statistics, importance, size.
+    Args:
+      name: of the data set.
+      family: of `FAMILIES`.
+      data: images.
+      config: of the run.
+      run: keeps checkpoints and metrics.
+      pretrained: by seed, where fine-tuned models start.
     """
-
-    row: Row
-    family: str
-    params: Any
-    extra: Any
-
-
-def train_family(name: str, family: str, data: ImageData, config: ConfigDict, run: Run) -> Iterator[Trained]:
-    """Trains the models of a family on a data set; yields them in the order of `rows_of`."""
-    recipe = config[name]
+    recipe = recipe_of(family, config[name])
+    before = pretrained if family in FINETUNED else None
     rows = rows_of(family, recipe)
     run.say(f"{name}: {family}, {len(rows)} model{'s' * (len(rows) > 1)}, {recipe.updates:,} updates")
     if recipe.encoder == "mlp":
         images, labels = data.train_images, data.train_labels
-        setup = set_up_population(family, images, labels, recipe, config.seed, run.mesh)
+        setup = set_up_population(family, images, labels, recipe, config.seed, run.mesh, pretrained=before)
         fitted = run.fit(
             f"{name}_{family}",
             setup.state,
@@ -345,16 +459,17 @@ def train_family(name: str, family: str, data: ImageData, config: ConfigDict, ru
             yield Trained(row, family, member(params, index), member(extra, index))
         return
     for row in rows:
-        state = _train_single(name, row, family, data, config, run)
+        state = single_state(row, family, recipe, config.seed, before)
+        state = _train_single(name, state, row, family, recipe, data, config.seed, run)
         yield Trained(row, family, *to_host((state.params, state.extra)))
 
 
-def _train_single(name: str, row: Row, family: str, data: ImageData, config: ConfigDict, run: Run) -> TrainState:
-    recipe = config[name]
-    state = single_state(row, family, recipe, config.seed)
+def _train_single(
+    name: str, state: TrainState, row: Row, family: str, recipe: ConfigDict, data: ImageData, seed: int, run: Run
+) -> TrainState:
     source = {"image": data.train_images, "label": data.train_labels}
     part = batch_part(run.mesh) if run.mesh else (0, 1)
-    batches = host_batches(source, recipe.batch_size, config.seed + row.seed, part=part)
+    batches = host_batches(source, recipe.batch_size, seed + row.seed, part=part)
     for side, last in crop_sides(recipe):  # one stage: a later part goes on from the checkpoint of the one before
         fitted = run.fit(
             f"{name}_{row.variant}_{row.size}_{row.seed}",
@@ -362,7 +477,7 @@ def _train_single(name: str, row: Row, family: str, data: ImageData, config: Con
             single_step(family, recipe, side),
             batches,
             last,
-            key=jax.random.key(config.seed + row.seed),
+            key=jax.random.key(seed + row.seed),
             log_every=recipe.updates_per_call,
             checkpoint_every=max(1, recipe.updates // recipe.epochs),
         )
@@ -378,75 +493,95 @@ class Embedded(NamedTuple):
       nesting: sizes of its heads.
       database: features of the training images: an array (images, width) for each width that is no other's part.
       queries: features of the test images, likewise.
-      logits: (sizes, test images, classes).
+      logits: (sizes, test images, classes); None for contrastive models.
       mirrored: of the mirror images; None where they are not asked for.
-      head: parameters of the head.
+      head: parameters of the head; None for contrastive models.
     """
 
     row: Row
     nesting: tuple[int, ...]
     database: list[np.ndarray]
     queries: list[np.ndarray]
-    logits: np.ndarray
+    logits: np.ndarray | None
     mirrored: np.ndarray | None
     head: Any
 
 
-def make_embed(family: str, recipe: ConfigDict) -> Callable[[Any, Any, Array], dict[str, Any]]:
-    """`(params, extra, images) -> {"parts", "logits", "mirrored"}`, of bytes; jitted."""
+def make_embed(family: str, recipe: ConfigDict, heads: bool = True) -> Callable[[Any, Any, Array], dict[str, Any]]:
+    """`(params, extra, images) -> {"parts", "logits", "mirrored"}`, of bytes; jitted.
+
+    Parts are (images, width), logits (images, sizes, classes). Without `heads` the parts alone: what a database needs.
+    """
 
     def prepare(images: Array) -> Array:
         if recipe.encoder == "mlp":
             return pixels(images).reshape(len(images), -1)
         return centre_crop(pixels(images), recipe.test_crop, recipe.test_side)
 
-    def embed(params: Any, extra: Any, images: Array) -> dict[str, Any]:
-        def once(images: Array) -> tuple[Array, list[Array]]:
-            logits, parts, _ = classify(family, recipe, params, extra, prepare(images), train=False)
-            if family == "slim":  # sizes below a network's own: its first coordinates, the head's first rows
-                kernel, bias = params["head"]["kernel"], params["head"]["bias"]
-                narrow = [(m, next(z for z in parts if z.shape[1] >= m)) for m in recipe.nesting]
-                logits = jnp.stack([z[:, :m] @ kernel[:m] + bias for m, z in narrow])
-            return logits, parts
+    def represented(params: Any, extra: Any, images: Array) -> list[Array]:
+        return represent(family, recipe, params, extra, prepare(images), train=False)[0]
 
-        logits, parts = once(images)
-        found = {"parts": parts, "logits": logits}
-        return found | ({"mirrored": once(images[:, :, ::-1])[0]} if recipe.mirror else {})
+    def classified(params: Any, extra: Any, parts: list[Array]) -> Array:
+        if family != "slim":
+            return jnp.moveaxis(logits_of(family, recipe, params, extra, parts), 0, 1)
+        # Sizes below a network's own: its first coordinates, the head's first rows.
+        kernel, bias = params["head"]["kernel"], params["head"]["bias"]
+        narrow = [(m, next(z for z in parts if z.shape[1] >= m)) for m in recipe.nesting]
+        return jnp.stack([z[:, :m] @ kernel[:m] + bias for m, z in narrow], axis=1)
+
+    def embed(params: Any, extra: Any, images: Array) -> dict[str, Any]:
+        parts = represented(params, extra, images)
+        if not heads:
+            return {"parts": parts}
+        found = {"parts": parts, "logits": classified(params, extra, parts)}
+        if recipe.mirror:
+            found["mirrored"] = classified(params, extra, represented(params, extra, images[:, :, ::-1]))
+        return found
 
     return jax.jit(embed)
+
+
+def embedded_rows(recipe: ConfigDict, mesh: Mesh | None) -> int:
+    """Images of a batch that is embedded: those of the recipe, or the next number that the devices divide."""
+    devices = 1 if mesh is None else mesh.shape["data"]
+    return -(-recipe.test_batch // devices) * devices
 
 
 def embed_images(
     embed: Callable[..., dict[str, Any]], model: Trained, images: np.ndarray, recipe: ConfigDict, mesh: Mesh | None
 ) -> dict[str, Any]:
     """What `make_embed` says, of all images, batch by batch; on a mesh each batch is split over `data`."""
-    size, found = recipe.test_batch, []
+    size, whole = embedded_rows(recipe, mesh), None
     params, extra = model.params, model.extra
     if mesh is not None:
-        whole = NamedSharding(mesh, PartitionSpec())
-        params, extra = jax.device_put((params, extra), whole)
+        params, extra = jax.device_put((params, extra), NamedSharding(mesh, PartitionSpec()))
     for first in range(0, len(images), size):
         batch = np.asarray(images[first : first + size])
         filled = np.concatenate([batch, np.zeros((size - len(batch), *batch.shape[1:]), batch.dtype)])
         index, parts = batch_part(mesh) if mesh is not None else (0, 1)
         rows = filled[index * size // parts : (index + 1) * size // parts]
-        result = to_host(embed(params, extra, rows if mesh is None else place_batch(rows, mesh)))
-        kept = len(batch)
-        found.append({k: [z[:kept] for z in v] if k == "parts" else v[:, :kept] for k, v in result.items()})
-    joined: dict[str, Any] = {
-        "parts": [np.concatenate(parts) for parts in zip(*(f["parts"] for f in found), strict=True)]
-    }
-    return joined | {k: np.concatenate([f[k] for f in found], axis=1) for k in found[0] if k != "parts"}
+        found = to_host(embed(params, extra, rows if mesh is None else place_batch(rows, mesh)))
+        if whole is None:  # arrays of their final size: ImageNet's features fill 10 GB, and are held once
+            whole = jax.tree.map(lambda part: np.empty((len(images), *part.shape[1:]), part.dtype), found)
+        for kept, part in zip(jax.tree.leaves(whole), jax.tree.leaves(found), strict=True):
+            kept[first : first + len(batch)] = part[: len(batch)]
+    assert whole is not None  # there are images
+    return whole
 
 
 def embed_model(
-    embed: Callable[..., dict[str, Any]], model: Trained, data: ImageData, recipe: ConfigDict, mesh: Mesh | None
+    embed: Callable[..., dict[str, Any]],
+    embed_database: Callable[..., dict[str, Any]],
+    model: Trained,
+    data: ImageData,
+    recipe: ConfigDict,
+    mesh: Mesh | None,
 ) -> Embedded:
     """Features and logits of a model; those of the training images where anything is searched among them."""
     tests = embed_images(embed, model, data.test_images, recipe, mesh)
     searched = recipe.neighbours or recipe.shots
-    database = embed_images(embed, model, data.train_images, recipe, mesh)["parts"] if searched else []
+    database = embed_images(embed_database, model, data.train_images, recipe, mesh)["parts"] if searched else []
     nesting = tuple(recipe.nesting) if model.family == "slim" else nesting_of(model.family, recipe)
-    nesting = (model.row.size,) if model.family == "ff" else nesting
-    mirrored = tests.get("mirrored")
-    return Embedded(model.row, nesting, database, tests["parts"], tests["logits"], mirrored, model.params["head"])
+    nesting = (model.row.size,) if model.row.variant in ONE_SIZE else nesting
+    logits, mirrored = (np.moveaxis(tests[what], 1, 0) if what in tests else None for what in ("logits", "mirrored"))
+    return Embedded(model.row, nesting, database, tests["parts"], logits, mirrored, model.params.get("head"))

@@ -3,20 +3,22 @@
 Reproduces accuracy by size of MRL and MRL-E against one model a size (Figs. 2, 3), against compression afterwards
 (Tables 1, 2: SVD, random features and projections, a slimmable network), adaptive and funnel retrieval with their cost
 (Fig. 8), sizes between those trained (Fig. 5) and the cascade of heads (Figs. 6, 7). Reported without a claim: few-shot
-classes, superclasses, importance and spacing of the sizes (App. K).
+classes, superclasses, importance and spacing of the sizes, MRL by fine-tuning a fixed-feature model's last layers
+(App. K), and, with a budget of a fifth, contrastive MRL on two views of each image (App. C).
 
 `small` trains an MLP on Omniglot's small background sets (242 characters, 15 drawers to train and to be searched, 5 to
 test), and on Fashion-MNIST for the cascade, 2 seeds each. With 1,210 test images a standard error is 1.1 points, 0.7
 for differences of two models on the same images. A data set whose files cannot be had is left out, with a word.
 
-`paper` is ResNet50 on ImageNet-1K, batches split over `data`: MRL, MRL-E and nine fixed-feature models, one after the
-other. ImageNet has no reader here: `run` takes a folder of arrays (see `_matryoshka_data`). Left out: the contrastive
-and masked-language models on JFT, ALIGN and Wikipedia (their losses are in the library), ImageNet-4K, the robustness
-sets and HNSW.
+`paper` is ResNet50 on ImageNet-1K, batches split over `data`: MRL (also boosted, with uniform sizes, by fine-tuning),
+MRL-E, nine fixed-feature models and the slimmable network, one after the other; fewer by `config.imagenet.variants`.
+ImageNet has no reader here: `run` takes a folder of arrays (see `_matryoshka_data`). A ViT is a change of fields:
+encoder=vit, features=768, nesting=(12, 24, ..., 768), sides and test_side of 224. Left out: the probe on random
+features (Rand. LP), whose full-batch fit wants all of ImageNet's on one device; the contrastive and masked-language
+models on JFT, ALIGN and Wikipedia (their losses are in the library); ImageNet-4K; the robustness sets; HNSW.
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -32,17 +34,30 @@ from experiments.representation._matryoshka_figures import (
     draw_ablations,
     draw_accuracy,
     draw_cascade,
+    draw_further,
     draw_interpolation,
     draw_retrieval,
 )
-from experiments.representation._matryoshka_study import sharded_search, study
+from experiments.representation._matryoshka_study import (
+    depth_of,
+    funnel_program,
+    project,
+    rows_of_a_device,
+    search_program,
+    study,
+    ways_of,
+)
 from experiments.representation._matryoshka_training import (
+    ENCODERS,
+    FINETUNED,
     POPULATION_RULES,
     SCHEDULES,
     VARIANTS,
     crop_sides,
+    embedded_rows,
     families,
     make_embed,
+    recipe_of,
     rows_of,
     set_up_population,
     single_state,
@@ -72,7 +87,7 @@ def get_config(preset: str = "small") -> ConfigDict:
     """
     recipe: dict[str, Any] = {
         "num_seeds": 2,
-        "encoder": "mlp",  # or "resnet"
+        "encoder": "mlp",  # or "resnet", "vit"
         "optimizer": "adamw",  # or "sgd"
         "schedule": "one_cycle",
         "rate": 3e-3,
@@ -82,7 +97,14 @@ def get_config(preset: str = "small") -> ConfigDict:
         "updates_per_call": 50,
         "test_batch": 605,
         "boost": (2.0, 1.5),  # importance of the smallest sizes in `mrl_boost`, the others have 1
-        "neighbours": 0,  # k of the measures of retrieval; 0: nothing is searched
+        "uniform_count": 7,  # sizes of `uniform`
+        "finetune_updates": 300,  # of the models `finetuned_<layers of the encoder that learn with the new heads>`
+        "finetune_rate": 3e-3,
+        "contrastive_updates": 300,
+        "contrastive_sizes": (8, 32, 256),  # of `contrastive_ff`, one model each
+        "temperature": 0.1,  # of the contrastive loss
+        "neighbours": 0,  # k of 1-NN and mAP, as claims and figures have them; 0: nothing is searched
+        "depths": (10, 25, 50, 100),  # k of all measures, in lists that are long enough
         "adaptive": (),  # (size of the short-list, size of the re-ranking, length)
         "funnels": (),  # (size of the short-list, sizes, lengths)
         "shots": (),
@@ -127,8 +149,11 @@ def get_config(preset: str = "small") -> ConfigDict:
             tiny = {"source": "generated", "classes": 6, "side": 12, "train_per_class": 12, "test_per_class": 5}
             tiny |= {"num_seeds": 1, "hidden": (16,), "features": 8, "nesting": (2, 4, 8), "updates": 20}
             tiny |= {"batch_size": 16, "updates_per_call": 10, "test_batch": 72, "calibration": 10, "splits": 2}
+            tiny |= {"uniform_count": 3, "finetune_updates": 10, "contrastive_updates": 10, "contrastive_sizes": (4,)}
+            tiny |= {"depths": (10, 25)}
             # The variants that are left out differ in a list of numbers from one that is not.
-            config["omniglot"] = omniglot | tiny | {"variants": ("mrl", "mrl_boost", "mrl_e", "ff", "slim")}
+            variants = ("mrl", "mrl_boost", "mrl_e", "ff", "slim", "finetuned_1", "contrastive", "contrastive_ff")
+            config["omniglot"] = omniglot | tiny | {"variants": variants}
             config["omniglot"] |= {"adaptive": ((2, 8, 20),), "funnels": ((2, (4, 8), (20, 10)),), "shots": (1, 3)}
             config["omniglot"] |= {"draws": 2, "probe_updates": 10}
             config["fashion"] = fashion | tiny | {"variants": ("mrl",)}
@@ -151,17 +176,25 @@ def get_config(preset: str = "small") -> ConfigDict:
                 "width": 64,
                 "stem": "imagenet",
                 "blur": True,
+                "patch": 16,  # from here to mlp_units: of a ViT
+                "num_layers": 12,
+                "num_heads": 12,
+                "mlp_units": 3_072,
                 "dtype": "bfloat16",
                 "features": 2048,
                 "nesting": mrl.log_spaced_sizes(2048),
-                "variants": ("mrl", "mrl_e", "ff"),
+                "uniform_count": 11,
+                "variants": ("mrl", "mrl_boost", "mrl_e", "uniform", "ff", "slim", *FINETUNED),
                 "optimizer": "sgd",
                 "schedule": "triangle",
-                "rate": 0.475,  # the text's; the README's commands have 0.425
+                "rate": 0.425,  # the README's commands'; the text has 0.475
                 "warmup": 2 / 40,
                 "weight_decay": 1e-4,
                 "epochs": 40,
                 "updates": 40 * epoch,
+                "finetune_epochs": 10,
+                "finetune_updates": 10 * epoch,
+                "finetune_rate": 0.1,
                 "updates_per_call": 100,
                 "batch_size": 512,
                 "augmentation": "crop",
@@ -175,7 +208,10 @@ def get_config(preset: str = "small") -> ConfigDict:
                 "funnels": (
                     (16, (32, 64, 128, 256, 2048), (200, 100, 50, 25, 10)),
                     (8, (16, 32, 64, 128, 2048), (200, 100, 50, 25, 10)),
+                    (8, (16, 32, 64, 128, 2048), (400, 200, 50, 25, 10)),
+                    (8, (16, 32, 64, 128, 2048), (800, 400, 200, 50, 10)),
                 ),
+                "shots": (1, 3, 5, 7, 9),
                 "mirror": True,
                 "calibration": 10_000,
                 "splits": 30,
@@ -204,16 +240,18 @@ def _check_recipe(name: str, recipe: ConfigDict) -> None:
 
     choices = {
         "source": SOURCES,
-        "encoder": ("mlp", "resnet"),
+        "encoder": ENCODERS,
         "optimizer": ("adamw", "sgd"),
         "schedule": SCHEDULES,
         "augmentation": AUGMENTATIONS,
     }
     for field, options in choices.items():
         check(recipe[field] in options, field, f"one of {options}")
-    crops = recipe.encoder == "resnet"
-    check((recipe.augmentation == "crop") == crops, "augmentation", "crop for a resnet, affine or mirror for an mlp")
-    check(not crops or recipe.source == "arrays", "source", "arrays for a resnet")
+    crops, kind = recipe.encoder != "mlp", recipe.encoder
+    check(
+        (recipe.augmentation == "crop") == crops, "augmentation", f"{'crop' if crops else 'affine or mirror'} ({kind})"
+    )
+    check(not crops or recipe.source == "arrays", "source", f"arrays for a {kind}")
     for field in ("num_seeds", "updates", "updates_per_call", "batch_size", "test_batch", "draws"):
         check(recipe[field] >= 1, field, "at least 1")
     for field in ("neighbours", "probe_updates", "splits", "weight_decay"):
@@ -226,9 +264,18 @@ def _check_recipe(name: str, recipe: ConfigDict) -> None:
         mrl.check_nesting(recipe.nesting, recipe.features)
     except ValueError as error:
         raise UsageError(f"config.{name}.nesting: {error}") from None
-    needs = {"uniform": 2, "late": 2}
-    for variant, count in needs.items():
-        check(variant not in recipe.variants or len(recipe.nesting) >= count, "nesting", f"{count} sizes for {variant}")
+    check("late" not in recipe.variants or len(recipe.nesting) >= 2, "nesting", "2 sizes for late")
+    if "uniform" in recipe.variants:
+        most = recipe.features - recipe.nesting[0] + 1
+        check(2 <= recipe.uniform_count <= most, "uniform_count", f"in 2..{most}")
+    tuned = set(FINETUNED) & set(recipe.variants)
+    check(not tuned or "ff" in recipe.variants, "variants", "with ff, from which fine-tuned models start")
+    check(not tuned or recipe.finetune_updates >= 1, "finetune_updates", "at least 1")
+    check(not tuned or recipe.finetune_rate > 0, "finetune_rate", "above 0")
+    if contrastive := {"contrastive", "contrastive_ff"} & set(recipe.variants):
+        check(recipe.contrastive_updates >= 1, "contrastive_updates", "at least 1")
+        check(recipe.temperature > 0, "temperature", "above 0")
+        check(set(recipe.contrastive_sizes) <= set(recipe.nesting), "contrastive_sizes", f"some of {recipe.nesting}")
     check("slim" not in recipe.variants or recipe.features % 4 == 0, "features", "a multiple of 4 for slim")
     slim_layers = "slim" not in recipe.variants or all(units % 4 == 0 for units in recipe.get("hidden", ()))
     require(slim_layers, f"{name}.hidden", recipe.get("hidden"), "multiples of 4 for slim")
@@ -236,11 +283,14 @@ def _check_recipe(name: str, recipe: ConfigDict) -> None:
     shape = shape_of(recipe)
     check(recipe.batch_size <= shape.train, "batch_size", f"at most the {shape.train} images")
     check(recipe.neighbours <= shape.train, "neighbours", f"at most the {shape.train} images")
+    in_range = all(1 <= k <= shape.train for k in recipe.depths)
+    check(recipe.depths and in_range, "depths", f"some of 1..{shape.train}")
     check(not recipe.splits or 1 <= recipe.calibration < shape.test, "calibration", f"in 1..{shape.test - 1}")
     check(not recipe.shots or min(recipe.shots) >= 1, "shots", "at least 1 each")
     _check_ways(name, recipe, shape.train)
+    check(not contrastive or recipe.neighbours, "neighbours", "at least 1: contrastive models have no other measure")
     if crops:
-        _check_resnet(check, recipe)
+        _check_large(check, recipe)
 
 
 def _check_ways(name: str, recipe: ConfigDict, items: int) -> None:
@@ -254,15 +304,33 @@ def _check_ways(name: str, recipe: ConfigDict, items: int) -> None:
                 raise UsageError(f"config.{name}.{field}: {error}") from None
             long_enough = lengths[-1] >= max(least, recipe.neighbours)
             require(long_enough, f"{name}.{field}", recipe[field], f"lists of at least {recipe.neighbours}")
+    try:
+        ways_of(recipe)
+    except ValueError as error:
+        raise UsageError(f"config.{name}: {error}") from None
     searched = recipe.neighbours or not (recipe.adaptive or recipe.funnels)
     require(searched, f"{name}.neighbours", recipe.neighbours, "at least 1 for adaptive retrieval and funnels")
 
 
-def _check_resnet(check: Callable[[Any, str, str], None], recipe: ConfigDict) -> None:
-    check("slim" not in recipe.variants, "variants", "without slim for a resnet")
-    outputs = recipe.width * 2 ** (len(recipe.stage_sizes) - 1) * (4 if recipe.bottleneck else 1)
-    check(recipe.features == outputs, "features", f"{outputs}, what the stages give")
-    check(recipe.epochs >= 1 and recipe.updates % recipe.epochs == 0, "epochs", "a divisor of the updates")
+def _check_large(check: Callable[[Any, str, str], None], recipe: ConfigDict) -> None:
+    if recipe.encoder == "resnet":
+        outputs = recipe.width * 2 ** (len(recipe.stage_sizes) - 1) * (4 if recipe.bottleneck else 1)
+        check(recipe.features == outputs, "features", f"{outputs}, what the stages give")
+        check("slim" not in recipe.variants or recipe.width % 4 == 0, "width", "a multiple of 4 for slim")
+    else:
+        check("slim" not in recipe.variants, "variants", "without slim for a vit")
+        check(
+            recipe.num_heads >= 1 and recipe.features % recipe.num_heads == 0, "num_heads", "a divisor of the features"
+        )
+        check(recipe.num_layers >= 2 and recipe.mlp_units >= 1, "num_layers", "at least 2, with mlp_units")
+        same = set(recipe.sides) == {recipe.test_side} and recipe.test_side % recipe.patch == 0
+        check(same, "sides", "those of the tests, a multiple of the patch: a ViT's positions belong to one size")
+    budgets = [("updates", "epochs")]
+    budgets += [("finetune_updates", "finetune_epochs")] if set(FINETUNED) & set(recipe.variants) else []
+    budgets += [("contrastive_updates", "epochs")] if "contrastive" in recipe.variants else []
+    for updates, epochs in budgets:
+        whole = recipe[epochs] >= 1 and recipe[updates] % recipe[epochs] == 0
+        check(whole, epochs, f"a divisor of {updates}={recipe[updates]}")
     check(0 < recipe.warmup < 1, "warmup", "in (0, 1)")
     check(recipe.dtype in ("float32", "bfloat16"), "dtype", "float32 or bfloat16")
     check(0 < recipe.test_crop <= 1, "test_crop", "in (0, 1]")
@@ -285,26 +353,33 @@ def programs(config: ConfigDict, mesh: Mesh) -> dict[str, tuple[Callable, tuple]
     return jitted
 
 
+def _embed_programs(family: str, recipe: ConfigDict, model: tuple[Any, Any], batch: Any) -> dict[str, Any]:
+    found = {"embed": (make_embed(family, recipe, family != "contrastive"), (*model, batch))}
+    if recipe.neighbours or recipe.shots:
+        found["embed_database"] = (make_embed(family, recipe, heads=False), (*model, batch))
+    return found
+
+
 def _population_programs(name: str, family: str, config: ConfigDict, mesh: Mesh) -> dict[str, tuple[Callable, tuple]]:
-    recipe = config[name]
+    recipe = recipe_of(family, config[name])
     shape, whole = shape_of(recipe), NamedSharding(mesh, PartitionSpec())
     images, labels = np.zeros((shape.train, *shape.image), np.uint8), np.zeros(shape.train, np.int32)
     setup = set_up_population(family, images, labels, recipe, config.seed, mesh, abstractly)
     shardings = state_shardings(setup.state, mesh, POPULATION_RULES)
     updates = update_program(setup.train_step, setup.batches, recipe.updates_per_call, shardings)
     model = jax.eval_shape(lambda state: member((state.params, state.extra), 0), setup.state)
-    batch = jax.ShapeDtypeStruct((recipe.test_batch, *shape.image), np.uint8, sharding=whole)
-    return {
-        "updates": (updates, (abstract(setup.state, shardings), abstract(setup.keys, whole))),
-        "embed": (make_embed(family, recipe), (*abstract(model, whole), batch)),
-    }
+    split = NamedSharding(mesh, PartitionSpec("data"))
+    batch = jax.ShapeDtypeStruct((embedded_rows(recipe, mesh), *shape.image), np.uint8, sharding=split)
+    arguments = (abstract(setup.state, shardings), abstract(setup.keys, whole))
+    return {"updates": (updates, arguments), **_embed_programs(family, recipe, abstract(model, whole), batch)}
 
 
 def _single_programs(name: str, family: str, config: ConfigDict, mesh: Mesh) -> dict[str, tuple[Callable, tuple]]:
-    recipe = config[name]
+    recipe = recipe_of(family, config[name])
     shape = shape_of(recipe)
     whole, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
-    state = jax.eval_shape(lambda: single_state(rows_of(family, recipe)[0], family, recipe, config.seed))
+    row = rows_of(family, recipe)[0]
+    state = jax.eval_shape(lambda: single_state(row, family, recipe, config.seed, jit=jax.jit))
     shardings = state_shardings(state, mesh)
 
     def batch(size: int) -> jax.ShapeDtypeStruct:
@@ -322,20 +397,30 @@ def _single_programs(name: str, family: str, config: ConfigDict, mesh: Mesh) -> 
         update = jax.jit(step, donate_argnums=0, out_shardings=(shardings, whole))
         found[f"update_{side}"] = (update, arguments)
     model = abstract((state.params, state.extra), whole)
-    return found | {"embed": (make_embed(family, recipe), (*model, batch(recipe.test_batch)))}
+    return found | _embed_programs(family, recipe, model, batch(embedded_rows(recipe, mesh)))
 
 
 def _search_programs(recipe: ConfigDict, mesh: Mesh) -> dict[str, tuple[Callable, tuple]]:
-    """Exact search at full width in the training images; their number is rounded down to what the mesh divides."""
+    """What `_matryoshka_study` searches with; exact search at the largest size, those at the others read less."""
     if not recipe.neighbours:
         return {}
-    shape, devices = shape_of(recipe), mesh.shape["data"]
-    items = shape.train // devices * devices
+    shape = shape_of(recipe)
     whole, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
+    rows = rows_of_a_device(shape.train, mesh) * mesh.shape["data"]
     queries = jax.ShapeDtypeStruct((shape.test, recipe.features), jnp.float32, sharding=whole)
-    database = jax.ShapeDtypeStruct((items, recipe.features), jnp.float32, sharding=split)
-    search = jax.jit(partial(sharded_search, k=recipe.neighbours, mesh=mesh, dim=recipe.features))
-    return {"search": (search, (queries, database))}
+    database = jax.ShapeDtypeStruct((rows, recipe.features), jnp.float32, sharding=split)
+    searched = (queries, database)
+    found = {"search": (search_program(recipe.features, depth_of(recipe), shape.train, mesh), searched)}
+    if "mrl" in recipe.variants:
+        for name, way in ways_of(recipe).items():
+            k = way.lengths[0]
+            listed = jax.ShapeDtypeStruct((shape.test, k), jnp.int32, sharding=whole)
+            found[f"{name}/search"] = (search_program(way.small, k, shape.train, mesh), searched)
+            found[f"{name}/order"] = (funnel_program(way.dims, way.lengths, mesh), (listed, *searched))
+    if "ff" in recipe.variants:
+        projection = jax.ShapeDtypeStruct((recipe.features, recipe.features), jnp.float32, sharding=whole)
+        found["project"] = (project, (database, projection))
+    return found
 
 
 def run(config: ConfigDict, run: Run) -> dict[str, Any]:
@@ -351,14 +436,16 @@ def run(config: ConfigDict, run: Run) -> dict[str, Any]:
             metrics[f"{name}/left_out"] = str(missing)
     for name, data in found.items():
         metrics |= study(name, data, config, run)
-    searched = [name for name in found if config[name].neighbours]
+    drawn = [name for name in found if "mrl" in config[name].variants]
+    searched = [name for name in drawn if config[name].neighbours]
     for name in searched:
         end = "" if len(searched) == 1 else f"_{name}"
         run.figure(f"accuracy{end}", draw_accuracy(metrics, name, config))
         run.figure(f"retrieval{end}", draw_retrieval(metrics, name, config))
         run.figure(f"interpolation{end}", draw_interpolation(metrics, name, config))
         run.figure(f"ablations{end}", draw_ablations(metrics, name, config))
-    if cascades := [name for name in found if config[name].splits]:
+        run.figure(f"further{end}", draw_further(metrics, name, config))
+    if cascades := [name for name in drawn if config[name].splits]:
         run.figure("cascade", draw_cascade(metrics, cascades, config))
     return metrics
 

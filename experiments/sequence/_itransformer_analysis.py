@@ -22,12 +22,15 @@ def sample(trained: Trained, count: int) -> Batch:
 
 
 def has_representation(trained: Trained) -> bool:
-    """Whether there are a first and a last block to be compared."""
-    return isinstance(trained.model, ITransformer | VanillaTransformer) and trained.model.num_layers > 1
+    """Whether there are a first and a last block on the same tokens to be compared."""
+    model = trained.model
+    if not isinstance(model, ITransformer | VanillaTransformer) or model.num_layers < 2:
+        return False
+    return isinstance(model, ITransformer) or not model.distil
 
 
 def representation_similarity(trained: Trained, windows: int) -> np.ndarray:
-    """CKA between the outputs of the encoder's first and last block, tokens as samples, one number a seed (Fig. 6)."""
+    """CKA between the outputs of the encoder's first and last block, tokens as samples, one number a seed (Fig. 7)."""
     x, _, marks = sample(trained, windows)
     model = trained.model
     last = model.num_layers - 1

@@ -33,14 +33,17 @@ def _bars(ax: Axes, groups: Mapping[str, Mapping[str, Any]], colours: Mapping[st
 
 
 def promotions(metrics: Metrics) -> dict[str, dict[str, Any]]:
-    """What was trained with both kinds of tokens: name -> kind -> errors of the seeds."""
-    found = {}
+    """What was trained with both kinds of tokens: name -> kind -> errors of the seeds, means over the horizons."""
+    found: dict[str, dict[str, list]] = {}
     for name in metrics:
         if match := re.fullmatch(r"(.+)_inverted/mse", name):
             kinds = {kind: metrics.get(f"{match[1]}_{kind}/mse") for kind in ("vanilla", "vanilla_norm", "inverted")}
             if kinds["vanilla"] is not None:
-                found[match[1].replace("_", " ")] = {kind: mse for kind, mse in kinds.items() if mse is not None}
-    return found
+                group = found.setdefault(re.sub(r"_\d+(?=_|$)", "", match[1]).replace("_", " "), {})
+                for kind, mse in kinds.items():
+                    if mse is not None:
+                        group.setdefault(kind, []).append(np.atleast_1d(np.asarray(mse, float)))
+    return {name: {kind: np.mean(rows, axis=0) for kind, rows in group.items()} for name, group in found.items()}
 
 
 def draw_promotion(metrics: Metrics) -> Figure:
@@ -61,6 +64,9 @@ def look_backs(metrics: Metrics) -> dict[str, dict[int, np.ndarray]]:
     for name, values in metrics.items():
         if match := re.fullmatch(r"(.+)_look_back_(\d+)/mse", name):
             found.setdefault(match[1], {})[int(match[2])] = np.atleast_1d(np.asarray(values, float))
+    for name, rows in found.items():
+        if (row := metrics.get(f"{name}_96/mse")) is not None:  # of Table 1, where the look-back is 96
+            rows.setdefault(96, np.atleast_1d(np.asarray(row, float)))
     return {name: dict(sorted(rows.items())) for name, rows in found.items()}
 
 
@@ -77,6 +83,31 @@ def draw_look_back(metrics: Metrics) -> Figure:
         ax.set_xticks(steps, steps)
         if index == 0:
             ax.set(ylabel="test MSE")
+    return figure
+
+
+def cka_panels(metrics: Metrics, config: ConfigDict) -> dict[str, dict[str, tuple[str, float, float]]]:
+    """Data set -> stage -> (model, CKA, test MSE), of the data sets with both kinds of tokens."""
+    panels: dict[str, dict[str, tuple[str, float, float]]] = {}
+    for name, stage in config.stages.items():
+        if f"{name}/cka" in metrics:
+            cka, mse = (float(np.mean(np.asarray(metrics[f"{name}/{key}"], float))) for key in ("cka", "mse"))
+            panels.setdefault(stage.data, {})[name] = (stage.model, cka, mse)
+    return {data: rows for data, rows in panels.items() if len({model for model, _, _ in rows.values()}) > 1}
+
+
+def draw_cka(panels: Mapping[str, Mapping[str, tuple[str, float, float]]]) -> Figure:
+    """Test error against the similarity of the first and the last block's representations (Fig. 7, left)."""
+    figure, axes = figures.panels(len(panels), width=3.8)
+    shapes = {"itransformer": ("inverted", "o"), "vanilla": ("vanilla", "s")}
+    for ax, (data, rows) in zip(axes, panels.items(), strict=True):
+        for model, (kind, marker) in shapes.items():
+            points = [(cka, mse) for found, cka, mse in rows.values() if found == model]
+            if points:
+                ax.plot(*zip(*points, strict=True), marker, color=COLOUR[kind], markersize=5, label=NAMES[kind])
+        ax.set(xlabel="CKA of first and last block", title=data)
+    axes[0].set(ylabel="test MSE")
+    axes[0].legend(fontsize=8)
     return figure
 
 

@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from experiments.harness import Run
+from experiments.sequence._itransformer_linear import Bounds, linear_bounds
 from jaxpapers.data.forecasting import (
     BENCHMARKS,
     PARTS,
@@ -26,7 +27,9 @@ from jaxpapers.data.forecasting import (
     Windows,
     count_windows,
     delayed_oscillators,
+    draw_mixture,
     load_table,
+    oscillators,
     prepare,
 )
 from jaxpapers.nn.attention import probsparse_attention
@@ -75,16 +78,26 @@ def _synthetic(config: ConfigDict) -> Table:
     draw = partial(
         delayed_oscillators,
         num_steps=recipe.rows,
-        num_variates=recipe.variates,
-        num_latents=recipe.latents,
-        loadings=recipe.loadings,
-        max_delay=recipe.max_delay,
         radius=recipe.radius,
         periods=tuple(recipe.periods),
         noise=recipe.noise,
+        **_mixture(recipe),
     )
     values = np.asarray(jit_once(draw)(jax.random.key(config.seed)), np.float64)
     return Table(values, tuple(map(str, range(recipe.variates))), _hours(recipe.rows))
+
+
+def _mixture(recipe: ConfigDict) -> dict[str, Any]:
+    fields = {"variates": "num_variates", "latents": "num_latents"}
+    return {fields.get(name, name): recipe[name] for name in (*fields, "amplitude", "spread", "max_delay")}
+
+
+def synthetic_bounds(stage: ConfigDict, config: ConfigDict) -> Bounds:
+    """Errors of the best linear forecasts of the oscillators, with the look-back and horizon of a stage."""
+    recipe = config.synthetic
+    weights, delays = map(np.asarray, draw_mixture(jax.random.key(config.seed), **_mixture(recipe)))
+    latents = oscillators(recipe.latents, recipe.radius, tuple(recipe.periods))
+    return linear_bounds(weights, delays, latents, recipe.noise, stage.look_back, stage.horizon)
 
 
 def shape_of(name: str, config: ConfigDict) -> tuple[int, int]:
@@ -137,9 +150,16 @@ def task_of(table: Table, stage: ConfigDict) -> Task:
     parts = {}
     for part, (start, stop) in zip(PARTS, data.splits, strict=True):
         count = count_windows(stop - start, stage.look_back, stage.horizon)
-        parts[part] = range(start, start + count, 1 if part == "train" else stage.stride)
+        parts[part] = range(start, start + count, stage.train_stride if part == "train" else stage.stride)
     windows = Windows(data.series, data.marks if stage.marks else None, stage.look_back, stage.horizon)
     return Task(windows, parts, data.scaler.std, data.scaler.mean)
+
+
+def climatology(task: Task) -> float:
+    """Squared error on the test windows of forecasting every variate's mean in the training rows."""
+    squares = np.square(task.windows.series, dtype=np.float64).mean(axis=1)
+    starts = np.asarray(task.parts["test"]) + task.windows.look_back
+    return float(np.mean(squares[starts[:, None] + np.arange(task.windows.horizon)]))
 
 
 def model_of(stage: ConfigDict) -> nn.Module:
@@ -223,6 +243,35 @@ def halving(rate: float, epoch: int) -> optax.Schedule:
     return lambda step: rate * 0.5 ** jnp.maximum(step // epoch - 1, 0)
 
 
+class Rows(NamedTuple):
+    """The arrays of `Windows`, without its static fields.
+
+    Attributes:
+      series: standardised rows.
+      marks: their calendar features, or None.
+    """
+
+    series: Array
+    marks: Array | None
+
+
+def rows_of(windows: Windows) -> Rows:
+    """The arrays of windows."""
+    return Rows(windows.series, windows.marks)
+
+
+class Extra(NamedTuple):
+    """What the state of a stage holds beside parameters and optimizer.
+
+    Attributes:
+      statistics: of BatchNorm, a row a seed; None without.
+      rows: the series, shared by all seeds.
+    """
+
+    statistics: Any
+    rows: Rows
+
+
 class Setup(NamedTuple):
     """What trains the population of a stage.
 
@@ -252,16 +301,16 @@ def set_up(task: Task, stage: ConfigDict, config: ConfigDict, jit: Callable[...,
     trained = stage.train_variates or variates
 
     def init(key: Array) -> Any:
-        marks = None if task.windows.marks is None else task.windows.marks[None]
-        time, steps = stage.look_back, stage.look_back + stage.horizon
-        arguments = [jnp.zeros((1, time, stage.subset or trained)), None if marks is None else marks[:, :time]]
-        if isinstance(model, VanillaTransformer):
-            arguments.append(None if marks is None else marks[:, time:steps])
+        arguments = [jnp.zeros((1, stage.look_back, stage.subset or trained))]
+        if (marks := task.windows.marks) is not None:
+            arguments.append(jnp.zeros((1, stage.look_back, marks.shape[1])))
+            if isinstance(model, VanillaTransformer):
+                arguments.append(jnp.zeros((1, stage.horizon, marks.shape[1])))
         return dict(model.init(key, *arguments))
 
-    def loss_fn(variables: Any, statistics: Any, index: Array, key: Array) -> tuple:
+    def loss_fn(windows: Windows, variables: Any, statistics: Any, index: Array, key: Array) -> tuple:
         dropout_key, subset_key = jax.random.split(key)
-        x, y, marks = task.windows.gather(index)
+        x, y, marks = windows.gather(index)
         x, y = x[..., :trained], y[..., :trained]
         if stage.subset:  # the same for the whole batch
             chosen = random_variate_subset(subset_key, trained, stage.subset)
@@ -274,21 +323,27 @@ def set_up(task: Task, stage: ConfigDict, config: ConfigDict, jit: Callable[...,
     shapes = jax.eval_shape(init, keys[0, 0])
     normalised = "batch_stats" in shapes
     frozen = ("^batch_stats/",) if normalised else ()
-    optimizer = make_optimizer(config.optimizer, halving(stage.rate, epoch), frozen=frozen)
-    extra = jit(jax.vmap(lambda key: init(key)["batch_stats"]))(keys[:, 0]) if normalised else None
-    one_step = vmap_step(make_train_step(loss_fn, optimizer))
+    rate = halving(stage.rate, epoch) if stage.halving else stage.rate
+    optimizer = make_optimizer(config.optimizer, rate, frozen=frozen)
+    statistics = jit(jax.vmap(lambda key: init(key)["batch_stats"]))(keys[:, 0]) if normalised else None
 
     def train_step(state: TrainState, index: Array, keys: Array) -> tuple:
-        state, metrics = one_step(state, index.T, keys)
+        # The rows are an argument of the program, in the state; in a closure they would be a constant of it.
+        statistics, rows = state.extra
+        windows = task.windows.replace(series=rows.series, marks=rows.marks)
+        one_step = vmap_step(make_train_step(partial(loss_fn, windows), optimizer))
+        state, metrics = one_step(state.replace(extra=statistics), index.T, keys)
         if normalised:  # among the parameters, so that the best ones come with their statistics
             state = state.replace(params={**state.params, "batch_stats": state.extra})
-        return state, metrics
+        return state.replace(extra=Extra(state.extra, rows)), metrics
 
     order = np.stack([epoch_order(len(train), stage.batch_size, stage.epochs, seed) for seed in seeds], axis=-1)
+    order = train.start + train.step * order
+    state = create_population(init, optimizer, keys[:, 0], statistics, jit)
     return Setup(
         model,
         epoch,
-        create_population(init, optimizer, keys[:, 0], extra, jit),
+        state.replace(extra=Extra(statistics, jit(lambda rows: rows)(rows_of(task.windows)))),
         train_step,
         OnDevice(lambda step: jnp.asarray(order)[step]),
         keys[:, 1],
@@ -296,10 +351,11 @@ def set_up(task: Task, stage: ConfigDict, config: ConfigDict, jit: Callable[...,
 
 
 @cache
-def errors_program(model: nn.Module, trained: int | None, mesh: Mesh | None) -> Callable:
-    """`(variables, windows, index, weights) -> (seeds, 2, N)`: squared and absolute errors, summed up."""
+def errors_program(model: nn.Module, look_back: int, trained: int | None, mesh: Mesh | None) -> Callable:
+    """`(variables, rows, index, weights) -> (seeds, 2, N)`: squared and absolute errors, summed up."""
 
-    def errors(variables: Any, windows: Windows, index: Array, weights: Array) -> Array:
+    def errors(variables: Any, rows: Rows, index: Array, weights: Array) -> Array:
+        windows = Windows(rows.series, rows.marks, look_back, model.pred_len)
         if mesh is not None:
             index = jax.lax.with_sharding_constraint(index, NamedSharding(mesh, PartitionSpec("data")))
         x, y, marks = windows.gather(index)
@@ -331,15 +387,16 @@ def errors_of(
       trained: only the first so many variates; None: all.
       mesh: whose axis `data` shares a chunk; None for one device.
     """
-    program = errors_program(model, trained, mesh)
+    program = errors_program(model, task.windows.look_back, trained, mesh)
     numbers = np.asarray(task.parts[part], np.int32)
-    windows = jax.device_put(task.windows) if mesh is None else place(task.windows, whole(task.windows, mesh))
+    rows = rows_of(task.windows)
+    rows = jax.device_put(rows) if mesh is None else place(rows, whole(rows, mesh))
     total: Any = 0.0
     for start in range(0, len(numbers), chunk):
         index = numbers[start : start + chunk]
         weights = np.pad(np.ones(len(index), np.float32), (0, chunk - len(index)))
         # One shape for all chunks: the last one is filled up with windows that count nothing.
-        sums = program(variables, windows, np.resize(index, chunk), weights)
+        sums = program(variables, rows, np.resize(index, chunk), weights)
         total = total + np.asarray(to_host(sums), np.float64)
     return total / (len(numbers) * task.windows.horizon)
 

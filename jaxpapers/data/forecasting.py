@@ -175,7 +175,7 @@ def load_table(name: str) -> Table:
     benchmark = _benchmark(name)
     if name == "ETTh":
         first, second = load_table("ETTh1"), load_table("ETTh2")
-        if not np.array_equal(first.timestamps, second.timestamps):
+        if not np.array_equal(np.asarray(first.timestamps), np.asarray(second.timestamps)):
             raise CorruptData("ETTh1.csv and ETTh2.csv have different timestamps and cannot be joined")
         names = (*(f"h1 {column}" for column in first.names), *(f"h2 {column}" for column in second.names))
         return Table(np.concatenate([first.values, second.values], axis=1), names, first.timestamps)
@@ -505,8 +505,8 @@ def prepare(table: Table, split: str, look_back: int, freq: str = "h") -> Foreca
         raise ValueError(f"the series has {np.count_nonzero(~np.isfinite(table.values))} values that are not finite")
     splits = split_rows(split, len(table.values), look_back)
     scaler = fit_scaler(table.values[slice(*splits.train)])
-    marks = None if table.timestamps is None else np.float32(time_features(table.timestamps, freq))
-    return ForecastData(np.float32(scaler.transform(table.values)), marks, scaler, splits)
+    marks = None if table.timestamps is None else time_features(table.timestamps, freq).astype(np.float32)
+    return ForecastData(np.asarray(scaler.transform(table.values), np.float32), marks, scaler, splits)
 
 
 def count_windows(num_rows: int, look_back: int, horizon: int) -> int:
@@ -595,81 +595,146 @@ def cut_windows(data: ForecastData, part: str, look_back: int, horizon: int) -> 
     return windows
 
 
+DRAWS = 4  # of a key of oscillators: weights, delays, innovations, noise
+
+
+class Mixture(NamedTuple):
+    """Who hears which oscillator, how loudly and how late.
+
+    Attributes:
+        weights: A_nj.
+        delays: d_nj, steps.
+    """
+
+    weights: Float[Array, "variates latents"]
+    delays: Int[Array, "variates latents"]
+
+
+def draw_mixture(
+    key: PRNGKeyArray,
+    num_variates: int = 64,
+    num_latents: int = 8,
+    *,
+    amplitude: float = 0.3,
+    spread: float = 0.3,
+    max_delay: int = 12,
+) -> Mixture:
+    """The mixture of `delayed_oscillators`: A_nj uniform in amplitude (1 -+ spread) / sqrt(J), d_nj in 0..max_delay.
+
+    Raises:
+        ValueError: counts below 1; amplitude not above 0; negative spread or delay.
+    """
+    if num_variates < 1 or num_latents < 1:
+        raise ValueError(f"num_variates and num_latents must be at least 1, got {num_variates} and {num_latents}")
+    if amplitude <= 0 or spread < 0 or max_delay < 0:
+        raise ValueError(
+            f"expected amplitude > 0, spread >= 0 and max_delay >= 0; got {amplitude}, {spread} and {max_delay}"
+        )
+    weight_key, delay_key = jax.random.split(key, DRAWS)[:2]
+    shape = (num_variates, num_latents)
+    scale = amplitude / np.sqrt(num_latents)
+    low, high = scale * (1 - spread), scale * (1 + spread)
+    return Mixture(
+        jax.random.uniform(weight_key, shape, minval=low, maxval=high),
+        jax.random.randint(delay_key, shape, 0, max_delay + 1),
+    )
+
+
+class Oscillators(NamedTuple):
+    """s_j(t) = first_j s_j(t-1) + second_j s_j(t-2) + u_j(t), of unit variance.
+
+    Attributes:
+        first: 2 r cos(2 pi / P_j).
+        second: -r^2.
+        innovation: variance of u_j.
+    """
+
+    first: Float64[np.ndarray, "latents"]
+    second: Float64[np.ndarray, "latents"]
+    innovation: Float64[np.ndarray, "latents"]
+
+
+def oscillators(num_latents: int, radius: float, periods: tuple[float, float]) -> Oscillators:
+    """AR(2) processes with periods evenly spaced in the logarithm.
+
+    Args:
+        num_latents: J.
+        radius: r, below 1: oscillators forget within about 1 / (1 - r) steps.
+        periods: the shortest and the longest, in steps, above 2.
+
+    Raises:
+        ValueError: no oscillator, a radius outside (0, 1), periods of 2 steps or less.
+    """
+    if num_latents < 1 or not 0 < radius < 1 or min(periods) <= 2:
+        raise ValueError(
+            "expected at least one oscillator, 0 < radius < 1 and periods above 2; got "
+            f"{num_latents}, {radius} and {periods}"
+        )
+    first = 2 * radius * np.cos(2 * np.pi / np.geomspace(*periods, num_latents))
+    second = np.full(num_latents, -(radius**2))
+    # The inverse of an AR(2)'s variance with unit innovations.
+    return Oscillators(first, second, (1 + second) * ((1 - second) ** 2 - first**2) / (1 - second))
+
+
 def delayed_oscillators(
     key: PRNGKeyArray,
     num_steps: int,
     num_variates: int = 64,
     num_latents: int = 8,
     *,
-    loadings: int = 2,
+    amplitude: float = 0.3,
+    spread: float = 0.3,
     max_delay: int = 12,
-    radius: float = 0.97,
-    periods: tuple[float, float] = (12.0, 48.0),
+    radius: float = 0.998,
+    periods: tuple[float, float] = (48.0, 96.0),
     noise: float = 0.1,
 ) -> Float[Array, "time variates"]:
-    """Variates that hear the same few oscillators, each with delays of its own: others know a variate's future.
+    """Variates that hear the same few oscillators, each with weights and delays of its own: others know its future.
 
         x_n(t) = sum_j A_nj s_j(t - d_nj) + noise e_n(t),  s_j(t) = 2 r cos(2 pi / P_j) s_j(t-1) - r^2 s_j(t-2) + u_j(t)
 
-    The AR(2) oscillators s_j have unit variance and periods P_j evenly spaced in the logarithm. Each variate hears
-    `loadings` of them: A_nj is +-1 / sqrt(loadings) there and 0 elsewhere, which leaves them about unit variance.
+    The AR(2) oscillators s_j have unit variance (see `oscillators`), A and d are those of `draw_mixture` with this key.
+    Nearby periods make a variate's own window a poor witness of its oscillators, where noise hides their differences.
 
     Args:
-        key: draws loadings, signs, delays and noise.
+        key: draws weights, delays, innovations and noise.
         num_steps: rows.
         num_variates: N.
         num_latents: J.
-        loadings: oscillators that a variate hears.
+        amplitude: standard deviation of a variate without noise, where all its weights are the mean ones.
+        spread: of the weights, relative to their mean.
         max_delay: delays are drawn from 0..max_delay.
-        radius: r, below 1: oscillators forget within about 1 / (1 - r) steps.
+        radius: r, below 1.
         periods: the shortest and the longest, in steps, above 2.
         noise: standard deviation of e.
 
     Raises:
-        ValueError: counts below 1, more loadings than oscillators, a negative delay or noise, a radius outside (0, 1),
-            periods of 2 steps or less.
+        ValueError: num_steps below 1, negative noise; as `draw_mixture` and `oscillators`.
     """
-    counts = {"num_steps": num_steps, "num_variates": num_variates, "num_latents": num_latents, "loadings": loadings}
-    for name, count in counts.items():
-        if count < 1:
-            raise ValueError(f"{name} must be at least 1, got {count}")
-    if loadings > num_latents:
-        raise ValueError(f"a variate cannot hear loadings={loadings} of num_latents={num_latents} oscillators")
-    if max_delay < 0 or noise < 0 or not 0 < radius < 1 or min(periods) <= 2:
-        raise ValueError(
-            "expected max_delay >= 0, noise >= 0, 0 < radius < 1 and periods above 2; got "
-            f"{max_delay}, {noise}, {radius} and {periods}"
-        )
-    chosen_key, sign_key, delay_key, drive_key, noise_key = jax.random.split(key, 5)
+    if num_steps < 1:
+        raise ValueError(f"num_steps must be at least 1, got {num_steps}")
+    if noise < 0:
+        raise ValueError(f"noise must be at least 0, got {noise}")
+    mixture = draw_mixture(key, num_variates, num_latents, amplitude=amplitude, spread=spread, max_delay=max_delay)
+    first, second, innovation = oscillators(num_latents, radius, periods)
+    drive_key, noise_key = jax.random.split(key, DRAWS)[2:]
     transient = int(np.ceil(7 / (1 - radius)))  # r^transient is below 1e-3
     rows = transient + max_delay + num_steps
-    a1 = 2 * radius * np.cos(2 * np.pi / np.geomspace(*periods, num_latents))
-    a2 = -(radius**2)
-    # Variance of an AR(2) with unit innovations.
-    variance = (1 - a2) / ((1 + a2) * ((1 - a2) ** 2 - a1**2))
 
     def step(
         state: tuple[Float[Array, "latents"], Float[Array, "latents"]], drive: Float[Array, "latents"]
     ) -> tuple[tuple[Float[Array, "latents"], Float[Array, "latents"]], Float[Array, "latents"]]:
         before, last = state
-        new = a1 * last + a2 * before + drive
+        new = first * last + second * before + drive
         return (last, new), new
 
-    drive = jax.random.normal(drive_key, (rows, num_latents)) / np.sqrt(variance)
+    drive = jax.random.normal(drive_key, (rows, num_latents)) * np.sqrt(innovation)
     _, latents = lax.scan(step, (jnp.zeros(num_latents), jnp.zeros(num_latents)), drive)
     latents = latents[transient:]
 
-    order = jax.vmap(lambda key: jax.random.permutation(key, num_latents))(jax.random.split(chosen_key, num_variates))
-    heard = order[:, :loadings]
-    shape = heard.shape
-    weights = jax.random.rademacher(sign_key, shape, float) / np.sqrt(loadings)
-    delays = jax.random.randint(delay_key, shape, 0, max_delay + 1)
+    def variate(weights: Float[Array, "latents"], delays: Int[Array, "latents"]) -> Float[Array, "time"]:
+        late = jax.vmap(lambda j, d: lax.dynamic_slice(latents, (max_delay - d, j), (num_steps, 1))[:, 0])
+        return weights @ late(jnp.arange(num_latents), delays)
 
-    def variate(
-        heard: Int[Array, "loadings"], weights: Float[Array, "loadings"], delays: Int[Array, "loadings"]
-    ) -> Float[Array, "time"]:
-        parts = jax.vmap(lambda j, d: lax.dynamic_slice(latents, (max_delay - d, j), (num_steps, 1))[:, 0])
-        return weights @ parts(heard, delays)
-
-    clean = jax.vmap(variate, out_axes=1)(heard, weights, delays)
+    clean = jax.vmap(variate, out_axes=1)(*mixture)
     return clean + noise * jax.random.normal(noise_key, clean.shape)

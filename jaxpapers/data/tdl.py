@@ -12,7 +12,8 @@ rms delay spread, and Jakes fading of the largest Doppler shift f_D. Pilots carr
 - `OfdmGrid`, `ofdm_symbol_times`, `pilot_indices`: the grid, when its symbols are, where the pilots lie.
 - `path_gains`, `sum_of_sinusoids`, `tdl_frequency_response`, `channel_covariance`: channels and their covariance.
 - `draw_bank`: one channel for each pair of delay spread and Doppler shift, drawn once. MATLAB's `nrTDLChannel` starts
-  from the same seed again for every object, so data sets that make an object a slot hold just that.
+  from the same seed again for every object, so data sets that make an object a slot hold one channel a pair. Strictly,
+  such objects share their phases as well, from pair to pair: `shared_phases`.
 - `simulate_batch`: pilots, channels and noise variances of slots in given conditions.
 - `read_mat_slots`: slots as the authors of AdaFortiTran (arXiv 2505.09076) store theirs.
 
@@ -32,6 +33,7 @@ import numpy as np
 import scipy.io
 from jax import lax
 from jaxtyping import Array, Complex, Float, PRNGKeyArray
+from scipy.io.matlab import MatReadError
 
 from jaxpapers.data.download import CorruptData, OfficialFile, open_data
 
@@ -384,8 +386,19 @@ def draw_bank(
     grid: OfdmGrid,
     profile: str | TapTable = "TDL-A",
     num_sinusoids: int = 32,
+    shared_phases: bool = False,
 ) -> ChannelBank:
     """Draws the bank of the "fixed" realisations.
+
+    Args:
+        key: draws it.
+        delay_spreads_ns: those of the bank.
+        dopplers_hz: likewise.
+        grid: the slot.
+        profile: of `tap_table`, or its name.
+        num_sinusoids: of a tap.
+        shared_phases: False: the channels of the pairs are independent. True: all have the same angles and phases of
+            their sinusoids, as those of objects that start from one seed: H is a smooth function of the pair.
 
     Raises:
         ValueError: as `tdl_frequency_response`.
@@ -393,8 +406,15 @@ def draw_bank(
     _reject_negative("delay spread", delay_spreads_ns)
     _reject_negative("Doppler shift", dopplers_hz)
     spreads, shifts = jnp.asarray(delay_spreads_ns), jnp.asarray(dopplers_hz)
-    pairs = [part.reshape(-1) for part in jnp.meshgrid(1e-9 * spreads, shifts, indexing="ij")]
-    h = tdl_frequency_response(key, profile, *pairs, grid, num_sinusoids)
+    each_spread, each_shift = (part.reshape(-1) for part in jnp.meshgrid(1e-9 * spreads, shifts, indexing="ij"))
+    if shared_phases:
+
+        def channel(spread: Array, shift: Array) -> Array:
+            return tdl_frequency_response(key, profile, spread[None], shift[None], grid, num_sinusoids)[0]
+
+        h = jax.vmap(channel)(each_spread, each_shift)
+    else:
+        h = tdl_frequency_response(key, profile, each_spread, each_shift, grid, num_sinusoids)
     return ChannelBank(spreads, shifts, h.reshape(len(spreads), len(shifts), *h.shape[1:]))
 
 
@@ -514,7 +534,7 @@ def simulate_batch(
     if (realisations == "fixed") != (bank is not None):
         raise ValueError(f"{realisations!r} realisations {'need a' if bank is None else 'take no'} bank")
     size = (grid.num_subcarriers, grid.num_symbols)
-    if pilots.rows.min() < 0 or pilots.columns.min() < 0 or (pilots.rows.max(), pilots.columns.max()) >= size:
+    if any(places.min() < 0 or places.max() >= end for places, end in zip(pilots, size, strict=True)):
         raise ValueError(f"pilots in rows {pilots.rows} and columns {pilots.columns} are not within the grid {size}")
     snr_db, delay_spread_ns, doppler_hz = jnp.asarray(conditions).T
     for name, values in (("delay spread", conditions[:, 1]), ("Doppler shift", conditions[:, 2])):
@@ -556,13 +576,13 @@ def read_mat_slots(folder: str | Path, pilot_shape: tuple[int, int]) -> Batch:
     files = sorted(Path(folder).glob("*.mat"))
     if not files:
         raise FileNotFoundError(f"no .mat file in {folder}")
-    slots = {}
+    matches = {}
     for path in files:
         match = NAME.fullmatch(path.name)
         if match is None:
             raise CorruptData(f"{path} is not named {{i}}_SNR-{{dB}}_DS-{{ns}}_DOP-{{Hz}}_N-{{spacing}}_TDL-A.mat")
-        slots[int(match["number"]), path.name] = _read_slot(path, match, pilot_shape)
-    ordered = [slots[place] for place in sorted(slots)]
+        matches[int(match["number"]), path] = match
+    ordered = [_read_slot(place[1], matches[place], pilot_shape) for place in sorted(matches)]
     if len(shapes := {slot.h.shape for slot in ordered}) > 1:
         raise CorruptData(f"the slots in {folder} have several shapes: {sorted(shapes)}")
     return Batch(*(np.stack(parts) for parts in zip(*ordered, strict=True)))
@@ -572,7 +592,7 @@ def _read_slot(path: Path, match: re.Match[str], pilot_shape: tuple[int, int]) -
     """One slot, without the batch axis."""
     try:
         content = scipy.io.loadmat(path)
-    except (ValueError, TypeError, NotImplementedError, OSError) as error:
+    except (ValueError, TypeError, NotImplementedError, OSError, MatReadError) as error:
         raise CorruptData(f"{path} is no .mat file that SciPy can read ({error})") from error
     planes = content.get("H")
     if planes is None or planes.ndim != 3 or planes.shape[2] < 2:
@@ -581,7 +601,7 @@ def _read_slot(path: Path, match: re.Match[str], pilot_shape: tuple[int, int]) -
     if found.size != pilot_shape[0] * pilot_shape[1]:
         raise CorruptData(f"{path} has {found.size} pilots, expected {pilot_shape[0]} x {pilot_shape[1]}")
     conditions = np.array([match["snr"], match["spread"], match["shift"]], np.float32)
-    variance = np.float32(np.asarray(content.get("var_hat", np.nan)).reshape(-1)[0])
+    variance = np.asarray(content.get("var_hat", np.nan), np.float32).reshape(-1)[0, ...]
     return Batch(
         found.reshape(pilot_shape).astype(np.complex64), planes[..., 0].astype(np.complex64), conditions, variance
     )

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -20,7 +21,8 @@ gelu = partial(nn.gelu, approximate=False)
 class MultiHeadAttention(nn.Module):
     """Attention of x to itself or to a memory, with biases.
 
-    Sows the weights of full attention as `attention_weights` into the collection `intermediates` where it is mutable.
+    Sows the weights of full attention as `attention_weights` into the collection `intermediates` where it is mutable,
+    with the mask that the function was given by `functools.partial`.
 
     Attributes:
         num_heads: they divide the width.
@@ -55,7 +57,7 @@ class MultiHeadAttention(nn.Module):
         width = x.shape[-1]
         if width % self.num_heads:
             raise ValueError(f"{self.num_heads} heads do not divide the width {width}")
-        options = {"dtype": self.dtype}
+        options: dict[str, Any] = {"dtype": self.dtype}
         if self.packed:  # (3 width, width): fan_in + fan_out = 4 width
             options |= {"kernel_init": _uniform((6 / (4 * width)) ** 0.5), "bias_init": nn.initializers.zeros}
         memory = x if memory is None else memory
@@ -64,7 +66,8 @@ class MultiHeadAttention(nn.Module):
             for name, source in (("query", x), ("key", memory), ("value", memory))
         )
         if self.is_mutable_collection("intermediates"):
-            self.sow("intermediates", "attention_weights", attention_weights(q, k))
+            mask = getattr(self.attention, "keywords", {}).get("mask")  # where it is bound by `partial`
+            self.sow("intermediates", "attention_weights", attention_weights(q, k, mask))
         key = None if deterministic else self.make_rng("dropout")
         out = self.attention(q, k, v, key=key).reshape(x.shape)
         options = {"bias_init": nn.initializers.zeros} if self.packed else {}
@@ -90,6 +93,7 @@ class EncoderBlock(nn.Module):
         packed: initialisation of the attention (see `MultiHeadAttention`).
         dropout_rate: of both branches and inside the MLP.
         dtype: of the computation; None: that of inputs and parameters.
+        epsilon: of the LayerNorms.
     """
 
     num_heads: int
@@ -100,6 +104,7 @@ class EncoderBlock(nn.Module):
     packed: bool = False
     dropout_rate: float = 0.0
     dtype: DTypeLike | None = None
+    epsilon: float = LAYER_NORM_EPSILON
 
     @nn.compact
     def __call__(
@@ -119,7 +124,7 @@ class EncoderBlock(nn.Module):
             ("mlp_norm", lambda y: mlp(y, deterministic)),
         )
         for name, branch in branches:
-            norm = nn.LayerNorm(LAYER_NORM_EPSILON, dtype=self.dtype, name=name)
+            norm = nn.LayerNorm(self.epsilon, dtype=self.dtype, name=name)
             drop = nn.Dropout(self.dropout_rate, deterministic=deterministic)
             x = norm(x + drop(branch(x))) if self.norm == "post" else x + drop(branch(norm(x)))
         return x

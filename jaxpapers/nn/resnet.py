@@ -9,7 +9,8 @@ whole batch, wherever its rows lie.
     z, changed = encoder.apply(variables, images, train=True, mutable="batch_stats")
 """
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -19,7 +20,7 @@ import numpy as np
 from flax.linen.dtypes import promote_dtype
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree, Shaped
 
 AnyArray = Array | np.ndarray
 MOMENTUM, EPSILON = 0.9, 1e-5  # of BatchNorm: PyTorch's momentum is one minus flax's
@@ -212,6 +213,58 @@ class ResNet(nn.Module):
                 h = block(h, train)
                 inputs = width * (4 if self.bottleneck else 1)
         return jnp.mean(h, axis=(1, 2), dtype=jnp.promote_types(h.dtype, jnp.float32))
+
+
+TORCH_BATCH_NORM = {
+    "weight": ("params", "scale"),
+    "bias": ("params", "bias"),
+    "running_mean": ("batch_stats", "mean"),
+    "running_var": ("batch_stats", "var"),
+}
+
+
+def variables_from_torch(state_dict: Mapping[str, Shaped[np.ndarray, "..."]]) -> PyTree:
+    """Variables of a `ResNet` from torchvision's, or from one that was derived from it (the weights of RAIVNLab/MRL).
+
+    Read are `conv1`, `bn1`, `layer<s>.<b>.conv<i>`, `.bn<i>` and `.downsample.<0, 1>`, below `module.` or not; blurred
+    convolutions have their weights in `<name>.conv.weight`, beside a `blur_filter`, which is `Conv2d`'s own. The
+    classifier `fc` is the caller's.
+
+    Raises:
+        ValueError: a name that is none of these.
+    """
+    variables: dict[str, dict[str, Any]] = {"params": {}, "batch_stats": {}}
+    for name, value in state_dict.items():
+        path = name.removeprefix("module.")
+        if path.startswith("fc.") or path.endswith((".num_batches_tracked", ".blur_filter")):
+            continue
+        layer, _, kind = path.rpartition(".")
+        place = _place(layer.removesuffix(".conv"))
+        own = place[-1]
+        norm = "norm" in own
+        if not own or kind not in (TORCH_BATCH_NORM if norm else ("weight",)):
+            raise ValueError(f"{name!r} is no parameter of a ResNet without its classifier")
+        group, leaf = TORCH_BATCH_NORM[kind] if norm else ("params", "kernel")
+        inner = variables[group]
+        for part in place:
+            inner = inner.setdefault(part, {})
+        inner[leaf] = jnp.asarray(value if norm else np.transpose(value, (2, 3, 1, 0)))
+    return variables
+
+
+def _place(layer: str) -> tuple[str, ...]:
+    """Names of a layer of torchvision's here; an empty one where it is unknown."""
+    if layer in ("conv1", "bn1"):
+        return ("stem" if layer == "conv1" else "stem_norm",)
+    found = re.fullmatch(r"layer([1-9])\.(\d+)\.(?:(conv|bn)([1-9])|downsample\.([01]))", layer)
+    if not found:
+        return ("",)
+    stage, block, kind, index, shortcut = found.groups()
+    if shortcut is not None:
+        own = ("shortcut", "shortcut_norm")[int(shortcut)]
+    else:
+        own = f"{'conv' if kind == 'conv' else 'norm'}{int(index) - 1}"
+    return f"stage{int(stage) - 1}_block{block}", own
 
 
 ResNet18: Callable[..., ResNet] = partial(ResNet, (2, 2, 2, 2))

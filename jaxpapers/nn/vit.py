@@ -14,13 +14,14 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jaxpapers.nn.attention import AttentionFunction, full_attention
-from jaxpapers.nn.encoder import LAYER_NORM_EPSILON, EncoderBlock
+from jaxpapers.nn.encoder import EncoderBlock
 from jaxpapers.nn.initializers import torch_dense
 from jaxpapers.nn.patches import patchify
 from jaxpapers.nn.stack import Stack
 
 AnyArray = Array | np.ndarray
 POOLS = ("class", "mean")
+LAYER_NORM_EPSILON = 1e-6  # flax's, which the authors use; PyTorch's is 1e-5
 
 
 class ViT(nn.Module):
@@ -76,6 +77,7 @@ class ViT(nn.Module):
             "attention": self.attention,
             "packed": True,
             "dtype": self.dtype,
+            "epsilon": LAYER_NORM_EPSILON,
         }
         stack = Stack(EncoderBlock, self.num_layers, options, self.remat, self.scan, name="blocks")
         tokens = stack(tokens + positions.astype(tokens.dtype))

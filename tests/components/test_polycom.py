@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import scipy.special
 from flax.errors import ScopeParamShapeError
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxpapers.components import polycom
@@ -126,6 +127,19 @@ def test_any_shape_axis_and_order(shape, axis, order):
         np.testing.assert_allclose(np.moveaxis(ours, axis, -1), by_hand(np.moveaxis(x, axis, -1), a), rtol=1e-12)
 
 
+@pytest.mark.parametrize("axis", [0, 1])
+def test_gradients_over_another_axis(axis):
+    with jax.enable_x64(True):
+        x, g, a = draw(0, 3, 5, 2), draw(1, 3, 5, 2), draw(2, 4)
+
+        def plain(x, a):
+            return jnp.moveaxis(PLAIN["polynorm"](jnp.moveaxis(x, axis, -1), a), -1, axis)
+
+        ours = pull_back(partial(polycom.poly_norm, axis=axis))(x, a, g)
+        for mine, expected in zip(ours, pull_back(plain)(x, a, g), strict=True):
+            assert_close(mine, expected, 1e-10)
+
+
 def test_polynorm_at_large_and_small_scale():
     x = np.float32(draw(0, 5, 64))
     run = jit_once(polycom.poly_norm)
@@ -233,6 +247,18 @@ def test_a_split_width_gives_the_whole_ones_values_and_gradients(check_vma):
     assert np.abs(run(None)[0] - expected[0]).max() > 1e-2
 
 
+def test_a_width_that_jit_splits_gives_the_whole_ones_values_and_gradients():
+    mesh = make_mesh(data=2, model=2, devices=jax.devices()[:4])
+    x, g, a = np.float32(draw(0, 4, 16)), np.float32(draw(1, 4, 16)), np.float32(COEFFS)
+    split = NamedSharding(mesh, P("data", "model"))
+    run = pull_back(polycom.poly_norm)
+    inputs = jax.device_put(x, split), a, jax.device_put(g, split)
+    program = run.lower(*inputs).compile()
+    assert "all-reduce" in program.as_text()
+    for ours, whole in zip(program(*inputs), run(x, a, g), strict=True):
+        np.testing.assert_allclose(ours, whole, rtol=1e-6, atol=2e-6)  # float32, sums in another order
+
+
 def residual_bytes(function, *args):
     kept = {}
 
@@ -327,6 +353,24 @@ def test_blocks_of_equal_parameters():
     assert sizes == {"polynorm": 2 * 48 * 192 + 4, "relu": 2 * 48 * 192, "swiglu": 2 * 48 * 192}
 
 
+@pytest.mark.parametrize("activation", ["polynorm", "polyrelunorm", "swiglu"])
+def test_a_block_whose_units_are_split_is_the_whole_one(activation):
+    mesh = make_mesh(data=1, model=2, devices=jax.devices()[:2])
+    x = jnp.asarray(draw(0, 4, 6), jnp.float32)
+    params = random_params(FeedForward(8, activation), x)
+    specs = {name: {"kernel": P(None, "model")} for name in params} | {"down": {"kernel": P("model")}}
+    specs |= {"activation": P()} if "activation" in params else {}
+
+    def run(block, params, x):
+        return jax.value_and_grad(lambda params: jnp.sum(jnp.sin(block.apply({"params": params}, x))))(params)
+
+    local = partial(run, FeedForward(4, activation, axis_name="model"))
+    split = jax.shard_map(local, mesh=mesh, in_specs=(specs, P()), out_specs=(P(), specs))
+    ours, expected = jit_once(split)(params, x), jit_once(partial(run, FeedForward(8, activation)))(params, x)
+    for mine, other in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
+        assert_close(mine, other, 1e-5)  # float32, sums in another order
+
+
 # The language models
 
 VOCAB, WIDTH, STEPS, BATCH = 11, 16, 9, 2
@@ -358,6 +402,17 @@ def test_the_papers_sizes(name, activation, billions):
     assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)) / 1e9 == pytest.approx(billions, abs=1e-4)
     assert size.steps * size.batch_size * polycom.CONTEXT == pytest.approx({"1B": 1e11, "1B-7B": 2e11}[name], rel=1e-4)
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(shapes))
+
+
+@pytest.mark.parametrize("name", polycom.SIZES)
+def test_the_papers_sizes_have_equal_parameters_whatever_the_activation(name):
+    counts = {}
+    for activation in ("polynorm", "swiglu", "relu"):
+        model = polycom.language_model(polycom.SIZES[name], activation, scan=True)
+        shapes = jax.eval_shape(model.init, jax.random.key(0), TOKENS)["params"]
+        counts[activation] = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+    assert counts["polynorm"] - counts["relu"] == 4 * polycom.SIZES[name].num_layers  # the coefficients
+    assert counts["swiglu"] == pytest.approx(counts["polynorm"], rel=1e-3)  # the card's
 
 
 def test_initialisation_is_the_papers():
@@ -446,10 +501,49 @@ def test_logits_are_those_of_the_blocks_written_out(network):
     np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())  # float32
 
 
-def test_remat_and_scan_change_nothing():
+@pytest.mark.parametrize("chunk", [1, 4, 7, 20])
+def test_attention_by_chunks_is_attention(chunk):
+    with jax.enable_x64(True):
+        q, k, v, g = (draw(seed, 2, 7, 3, 4) for seed in range(4))
+        q, k, v = (jnp.asarray(each) for each in (q, k, v))
+
+        def both(chunk):
+            y, pull = jax.vjp(partial(polycom.causal_attention, chunk=chunk), q, k, v)
+            return y, *pull(g)
+
+        scores = np.einsum("bqhd,bkhd->bhqk", q, k) / 2
+        weights = scipy.special.softmax(np.where(np.tril(np.ones((7, 7), bool)), scores, -np.inf), axis=-1)
+        ours, whole = jit_once(partial(both, chunk))(), jit_once(partial(both, None))()
+        # JAX's softmax is in float32 here as well.
+        np.testing.assert_allclose(ours[0], np.einsum("bhqk,bkhd->bqhd", weights, v), atol=1e-6)
+        for mine, expected in zip(ours, whole, strict=True):
+            np.testing.assert_allclose(mine, expected, atol=2e-6)
+
+
+def test_attention_by_chunks_never_holds_all_weights():
+    q = jnp.zeros((1, 64, 2, 4))
+    text = str(jax.make_jaxpr(jax.grad(lambda q: polycom.causal_attention(q, q, q, 8).sum()))(q))
+    assert ",8,64]" in text
+    assert ",64,64]" not in text
+
+
+def test_states_and_head_are_the_model(network):
+    model, params, _, logits = network
+    variables = {"params": params}
+
+    def apart(tokens):
+        states = model.apply(variables, tokens, method="states")
+        return states, model.apply(variables, states, method="logits")
+
+    states, ours = jit_once(apart)(TOKENS)
+    assert states.shape == (BATCH, STEPS, WIDTH)
+    np.testing.assert_allclose(ours, logits, rtol=1e-5, atol=1e-5)  # float32
+
+
+def test_remat_scan_and_chunks_change_nothing():
     model = language_model(**EXPERTS)
     params = random_params(model, TOKENS)
-    deep = model.clone(scan=True, remat=True)
+    deep = model.clone(scan=True, remat=True, attention_chunk=4)
     stacked = {**params, "blocks": stack_layers(params["blocks"])}
 
     def loss(model, params):
@@ -476,9 +570,12 @@ def test_decay_masks():
     small = {name for name in everything if name.endswith(("scale", "embedding"))}
     coeffs = {name for name in everything if name.endswith("coeffs")}
     assert len(small) == 6  # four norms of a block, the last one, the embedding
-    assert decayed(decay_all=True) == everything
-    assert decayed() == everything - small
-    assert decayed(coefficients=False) == everything - small - coeffs
+    norms = {name for name in small if name.endswith("scale")}
+    assert decayed(decay=polycom.DECAYS) == everything
+    assert decayed() == everything - norms
+    assert decayed(decay=("matrices", "embeddings")) == everything - norms - coeffs
+    assert decayed(decay=("matrices", "coefficients")) == everything - small
+    assert decayed(decay=()) == set()
 
 
 # Experts
@@ -687,6 +784,8 @@ def test_layer_similarity():
         (lambda: trace(language_model(hidden=25, activation="swiglu"), TOKENS), "no gated block"),
         (lambda: trace(language_model(num_heads=3), TOKENS), "3 heads do not divide the width 16"),
         (lambda: trace(language_model(num_heads=16), TOKENS), "even head_dim"),
+        (lambda: trace(language_model(attention_chunk=0), TOKENS), "attention's chunk must be at least 1, got 0"),
+        (lambda: polycom.weight_decay_mask({}, ("norm",)), r"nothing to decay is called \['norm'\]"),
         (lambda: polycom.route(np.ones((2, 4)), 5), "top_k must be between 1 and the 4 experts, got 5"),
         (lambda: trace(moe(top_k=0), X), "top_k must be between"),
         (

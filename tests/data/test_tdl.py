@@ -217,6 +217,20 @@ def test_fixed_realisations_are_the_banks():
     np.testing.assert_array_equal(batch.conditions, conditions)
 
 
+def test_channels_of_a_bank_may_share_their_phases():
+    pairs = np.float32([100, 100.001, 300]), np.float32([50, 1000])
+    shared, apart = (
+        np.asarray(jax.jit(lambda key, s=s: tdl.draw_bank(key, *pairs, GRID, num_sinusoids=4, shared_phases=s).h)(key))
+        for key, s in ((jax.random.key(2), True), (jax.random.key(2), False))
+    )
+    np.testing.assert_allclose(shared[0], shared[1], atol=1e-3)  # smooth in the delay spread
+    assert np.abs(apart[0] - apart[1]).max() > 0.1
+    assert np.abs(shared[0] - shared[2]).max() > 0.1
+    # Each is the channel of its pair under the same key.
+    one = tdl.tdl_frequency_response(jax.random.key(2), "TDL-A", np.float32([300e-9]), np.float32([1000]), GRID, 4)
+    np.testing.assert_allclose(shared[2, 1], one[0], atol=1e-5)
+
+
 def test_conditions_are_drawn_from_the_lists():
     lists = ((0, 5, 10), (25, 50), (50, 100, 150, 200))
     drawn = np.asarray(tdl.draw_conditions(jax.random.key(4), 3_000, *lists))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 from scipy import ndimage
+from scipy.special import logsumexp
 
 from experiments import cli, launch
 from experiments.catalogue import UsageError
@@ -16,7 +17,9 @@ from experiments.representation import _matryoshka_data as images
 from experiments.representation import _matryoshka_study as studies
 from experiments.representation import _matryoshka_training as training
 from experiments.representation import matryoshka as experiment
+from jaxpapers.data.download import CorruptData
 from jaxpapers.nn.resnet import ResNet50
+from jaxpapers.nn.vit import ViTB16
 from jaxpapers.representation import matryoshka as mrl
 from jaxpapers.train import make_mesh
 
@@ -108,14 +111,24 @@ def test_the_smoke_run(tmp_path, monkeypatch, capsys):
     assert cli.main(["run", "matryoshka:smoke", f"--workdir={tmp_path / 'run'}"]) == 0
     results = json.loads((tmp_path / "run" / "results.json").read_text(), parse_constant=pytest.fail)
     drawn = {path.stem for path in (tmp_path / "run" / "figures").iterdir()}
-    assert drawn == {"accuracy", "retrieval", "interpolation", "ablations", "cascade"}
+    assert drawn == {"accuracy", "retrieval", "interpolation", "ablations", "further", "cascade"}
     assert {claim["status"].partition(":")[0] for claim in results["claims"]} == {"not run"}
     metrics = results["metrics"]
-    for variant in ("mrl", "mrl_boost", "mrl_e", "ff", "slim", "svd", "random_fs", "jl"):
+    contrastive = ("contrastive", "contrastive_ff")
+    for variant in ("mrl", "mrl_boost", "mrl_e", "ff", "slim", "finetuned_1", *contrastive, "svd", "random_fs", "jl"):
         assert 0 <= metrics[f"omniglot/{variant}/nn/4"][0] <= 100
-    for variant in ("mrl", "mrl_e", "ff", "slim", "svd", "random_lp"):
+        assert 0 <= metrics[f"omniglot/{variant}/map@25/4"][0] <= metrics[f"omniglot/{variant}/precision@25/4"][0]
+        assert metrics[f"omniglot/{variant}/map@10/4"] == metrics[f"omniglot/{variant}/map/4"]
+    for variant in ("mrl", "mrl_e", "ff", "slim", "finetuned_1", "svd", "random_lp"):
         assert 0 <= metrics[f"omniglot/{variant}/top1/8"][0] <= 100
-    assert metrics["omniglot/retrieval/2_to_8/mflops"] == [(72 * 2 + 20 * 8) / 1e6]
+    assert not any(f"omniglot/{variant}/top1/4" in metrics for variant in contrastive)
+    assert "omniglot/contrastive_ff/nn/8" not in metrics  # another size than that for which it was trained
+    assert metrics["omniglot/retrieval/2_to_8/mflops"] == pytest.approx([(72 * 2 + 20 * 8) / 1e6])
+    assert "omniglot/retrieval/2_to_8/recall@10" in metrics
+    assert "omniglot/retrieval/2_to_8/recall@25" not in metrics  # lists of 20
+    oracle = [metrics[f"fashion/cascade_mrl/oracle/{m}"][0] for m in (2, 4, 8)]
+    assert oracle == sorted(oracle)
+    assert oracle[-1] == metrics["fashion/cascade_mrl/oracle"][0]
     assert np.shape(metrics["fashion/cascade_mrl/accuracy/8"]) == (1, 2)
     assert metrics["fashion/cascade_mrl/expected/2"] == [[2, 2]]
     assert 0 <= metrics["omniglot/few_shot/mrl/8/3"][0] <= 100
@@ -226,7 +239,113 @@ def test_the_sizes_of_the_ablations():
     assert training.nesting_of("uniform", recipe) == (4, 46, 88, 130, 172, 214, 256)
     assert training.nesting_of("late", recipe) == SIZES[1:]
     assert training.nesting_of("slim", recipe) == (64, 128, 192, 256)
-    assert [len(training.rows_of(family, recipe)) for family in training.FAMILIES] == [4, 2, 2, 2, 14, 2]
+    assert [len(training.rows_of(family, recipe)) for family in training.FAMILIES] == [4, 2, 2, 2, 14, 2, 2, 2, 2, 8]
+    paper = experiment.get_config("paper").imagenet
+    assert training.nesting_of("uniform", paper)[:3] == (8, 212, 416)  # the paper's MRL-Uniform
+    assert len(training.nesting_of("uniform", paper)) == 11
+    rows = training.rows_of("contrastive", recipe)
+    one_size = [training.importance_of(row, "contrastive", recipe).tolist() for row in rows if row.size == 8]
+    assert one_size == [[0, 1, 0, 0, 0, 0, 0]] * 2
+
+
+def test_fine_tuning_starts_from_the_trained_encoder_and_moves_its_last_layers(smoke, data):
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(training.initialiser("ff", smoke.omniglot), jax.random.key(0))
+    params, statistics = jax.tree.map(lambda leaf: rng.uniform(0.5, 1.5, leaf.shape).astype(np.float32), shapes)
+    before = {0: training.Trained(training.Row("ff", 8, 0), "ff", params, {"batch_stats": statistics})}
+    recipe = training.recipe_of("finetuned_1", smoke.omniglot)
+    assert (recipe.updates, smoke.omniglot.updates) == (10, 20)
+    setup = set_up("finetuned_1", data, recipe, pretrained=before)
+    with launch._quick_compilation(True):
+        start = jax.device_get(training.member(setup.state.params, 0))
+        batch = {"image": rng.uniform(size=(1, 16, 144)).astype(np.float32), "label": rng.integers(0, 6, (1, 16))}
+        state, _ = jax.jit(setup.train_step)(setup.state, batch, setup.keys)
+    jax.tree.map(np.testing.assert_array_equal, start["encoder"], params["encoder"])
+    assert set(start["head"]) == {"head_0", "head_1", "head_2"}  # new ones
+    moved = jax.tree.map(lambda a, b: bool(np.any(a != b[0])), start, jax.device_get(state.params))
+    last = {"kernel_1": True, "bias_1": True}
+    assert moved["encoder"] == {"kernel_0": False, "bias_0": False, "norm_0": {"scale": False, "bias": False}, **last}
+    assert all(jax.tree.leaves(moved["head"]))
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b[0]), statistics, state.extra["batch_stats"])
+    alone = training.optimizer_of("finetuned_0", recipe)  # the heads alone
+    updates, _ = alone.update(start, alone.init(start), start)
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(updates["encoder"]))
+    assert all(np.any(leaf) for leaf in jax.tree.leaves(updates["head"]))
+
+
+def test_layers_of_the_encoders():
+    paper = experiment.get_config("paper").imagenet
+    layers = training.encoder_layers(paper)
+    assert len(layers) == 17
+    assert (layers[0], layers[-1]) == ("stem(_norm)?/", "stage3_block2/")
+    paper.encoder = "vit"
+    assert training.encoder_layers(paper)[-1] == "(blocks/layers_11|norm)/"
+    assert training.encoder_layers(experiment.get_config("small").omniglot)[1] == "(kernel|bias|norm)_1(/|$)"
+
+
+def test_a_contrastive_population_has_the_loss_of_its_sizes(smoke, data):
+    recipe = training.recipe_of("contrastive", smoke.omniglot)
+    setup = set_up("contrastive", data, recipe)
+    with launch._quick_compilation(True):
+        batch = jax.jit(setup.batches.batch_at)(0)
+        _, metrics = jax.jit(setup.train_step)(setup.state, batch, setup.keys)
+    assert np.abs(batch["image"] - batch["other"]).max() > 0.1  # two views
+    for index, row in enumerate(setup.rows):
+        variables = training.member((setup.state.params["encoder"], setup.state.extra["batch_stats"]), index)
+        encoder, _ = training.networks("contrastive", recipe)
+        views = np.concatenate([batch["image"][index], batch["other"][index]])
+        given = dict(zip(("params", "batch_stats"), variables, strict=True))
+        z, _ = encoder.apply(given, views, True, mutable="batch_stats")
+        sizes = (2, 4, 8) if row.variant == "contrastive" else (row.size,)
+        expected = 0.0
+        for m in sizes:
+            u, v = np.split(np.float64(mrl.truncate(z, m)), 2)
+            scores = u @ v.T / recipe.temperature
+            expected += sum(np.mean(logsumexp(scores, axis=a) - np.diag(scores)) for a in (0, 1)) / 2
+        np.testing.assert_allclose(metrics["loss"][index], expected, rtol=1e-4)  # float32
+
+
+def test_lists_are_measured_at_every_depth(smoke, data):
+    rng = np.random.default_rng(2)
+    lists, scores = np.stack([rng.permutation(72)[:30] for _ in data.test_labels]), studies.defaultdict(list)
+    studies.score_lists("way/{}", lists, data, smoke.omniglot, scores)
+    relevant = data.train_labels[lists] == data.test_labels[:, None]
+    for k in (10, 25):
+        precision = relevant[:, :k].mean()
+        np.testing.assert_allclose(scores[f"way/precision@{k}"], 100 * precision, rtol=1e-5)
+        np.testing.assert_allclose(scores[f"way/recall@{k}"], 100 * precision * k / 12, rtol=1e-5)
+        np.testing.assert_allclose(scores[f"way/hit@{k}"], 100 * relevant[:, :k].any(axis=1).mean(), rtol=1e-5)
+        ranks = np.arange(1, k + 1)
+        average = (np.cumsum(relevant[:, :k], axis=1) / ranks * relevant[:, :k]).sum(axis=1) / k
+        np.testing.assert_allclose(scores[f"way/map@{k}"], 100 * average.mean(), rtol=1e-5)
+    assert len(scores) == 2 + 2 * 4
+
+
+def test_an_index_of_rows_that_the_devices_do_not_divide():
+    rng = np.random.default_rng(3)
+    database, queries = rng.normal(size=(21, 4)).astype(np.float32), rng.normal(size=(5, 4)).astype(np.float32)
+    index, whole = (studies.make_index(database, queries, mesh) for mesh in (make_mesh(data=8), None))
+    assert index.database.shape == (24, 4)
+    assert index.database.sharding.spec == jax.sharding.PartitionSpec("data")
+    listed = studies.search(index, 3, 21)
+    np.testing.assert_array_equal(listed, studies.search(whole, 3, 21))
+    ordered, expected = (
+        studies.funnel_program((4,), (9,), part.mesh)(listed, part.queries, part.database) for part in (index, whole)
+    )
+    np.testing.assert_array_equal(ordered, expected)
+    _, _, Vt = np.linalg.svd(database, full_matrices=False)
+    turned = np.asarray(studies.project(index.database, studies.svd_projection(index.database, k=4)))[:21]
+    np.testing.assert_allclose(np.abs(turned), np.abs(database @ Vt.T), atol=1e-4)  # eigenvectors in float32
+
+
+def test_ways_of_retrieval_have_names_of_their_own(smoke):
+    assert list(studies.ways_of(experiment.get_config("small").omniglot)) == list(experiment.WAYS)
+    paper = experiment.get_config("paper").imagenet
+    names = ["16_to_2048", "8_to_2048", "funnel_16", "funnel_8_200", "funnel_8_400", "funnel_8_800"]
+    assert list(studies.ways_of(paper)) == names
+    paper.funnels = (*paper.funnels, (8, (16, 2048), (400, 10)))
+    with pytest.raises(UsageError, match=r"config.imagenet: two ways of retrieval are funnel_8_400"):
+        experiment.check_config(experiment.ConfigDict({"seed": 0, "datasets": ("imagenet",), "imagenet": paper}))
 
 
 def test_every_epoch_has_every_image_once():
@@ -240,12 +359,17 @@ def test_paper_is_the_authors_setting():
     config = experiment.get_config("paper")
     experiment.check_config(config)
     recipe = config.imagenet
-    assert (recipe.batch_size, recipe.epochs, recipe.updates, recipe.rate) == (512, 40, 100_080, 0.475)
+    assert (recipe.batch_size, recipe.epochs, recipe.updates, recipe.rate) == (512, 40, 100_080, 0.425)
     assert recipe.nesting == (8, 16, 32, 64, 128, 256, 512, 1024, 2048)
     assert len(training.rows_of("ff", recipe)) == 9
     assert training.crop_sides(recipe) == [(160, 32 * 2502), (192, 40 * 2502)]
+    assert [row.variant for family in training.families(recipe) for row in training.rows_of(family, recipe)] == [
+        *("mrl", "mrl_boost", "mrl_e", "uniform", *["ff"] * 9, "slim", "finetuned_0", "finetuned_1", "finetuned_2")
+    ]
     rate = training.learning_rate(recipe)
-    np.testing.assert_allclose([rate(0), rate(2 * 2502), rate(21 * 2502)], [4.75e-5, 0.475, 0.2375], rtol=1e-5)
+    np.testing.assert_allclose([rate(0), rate(2 * 2502), rate(21 * 2502)], [4.25e-5, 0.425, 0.2125], rtol=1e-5)
+    tuned = training.recipe_of("finetuned_2", recipe)
+    assert (tuned.updates, tuned.rate, training.crop_sides(tuned)) == (25_020, 0.1, [(192, 25_020)])
     encoder, head = training.networks("mrl", recipe)
     assert encoder == ResNet50(blur=True, dtype=jnp.dtype("bfloat16"))
     assert head == mrl.NestedHead(1000, recipe.nesting)
@@ -259,7 +383,7 @@ def test_paper_is_the_authors_setting():
 
 def test_decay_spares_the_norms(smoke):
     recipe = experiment.get_config("paper").imagenet
-    optimizer = training.optimizer_of(recipe)
+    optimizer = training.optimizer_of("mrl", recipe)
     params = {"stem": {"kernel": jnp.ones(2)}, "stem_norm": {"scale": jnp.ones(2)}}
     updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
     assert (updates["stem"]["kernel"] < 0).all()
@@ -268,8 +392,11 @@ def test_decay_spares_the_norms(smoke):
 
 def test_programs_trace_with_their_abstract_arguments(smoke):
     programs = experiment.programs(smoke, make_mesh(data=8))
-    families = {f"omniglot/{family}" for family in ("mrl", "mrl_e", "ff", "slim")} | {"fashion/mrl"}
-    assert set(programs) == {f"{f}/{what}" for f in families for what in ("updates", "embed")} | {"omniglot/search"}
+    families = {f"omniglot/{family}" for family in ("mrl", "mrl_e", "ff", "slim", "finetuned_1", "contrastive")}
+    expected = {f"{f}/{what}" for f in families for what in ("updates", "embed", "embed_database")}
+    expected |= {f"omniglot/{what}" for what in ("search", "project")} | {"fashion/mrl/updates", "fashion/mrl/embed"}
+    expected |= {f"omniglot/{way}/{what}" for way in ("2_to_8", "funnel_2") for what in ("search", "order")}
+    assert set(programs) == expected
     leaves = jax.tree.leaves([arguments for _, arguments in programs.values()])
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
     update, arguments = programs["omniglot/ff/updates"]
@@ -277,19 +404,31 @@ def test_programs_trace_with_their_abstract_arguments(smoke):
     assert metrics["loss"].shape == (8,)  # three sizes, padded to the devices
     assert jax.tree.structure(state) == jax.tree.structure(arguments[0])
     embed, arguments = programs["omniglot/slim/embed"]
-    assert jax.eval_shape(embed, *arguments)["logits"].shape == (3, 72, 6)
+    assert jax.eval_shape(embed, *arguments)["logits"].shape == (72, 3, 6)
+    embed, arguments = programs["omniglot/slim/embed_database"]
+    features = jax.eval_shape(embed, *arguments)
+    assert set(features) == {"parts"}  # nothing of the size of the logits is kept of a database
+    assert [part.shape for part in features["parts"]] == [(72, 2), (72, 4), (72, 6), (72, 8)]
     search, arguments = programs["omniglot/search"]
-    assert jax.eval_shape(search, *arguments).shape == (30, 10)
+    assert jax.eval_shape(search, *arguments).shape == (30, 25)
+    order, arguments = programs["omniglot/funnel_2/order"]
+    assert jax.eval_shape(order, *arguments).shape == (30, 10)
 
 
 def test_the_programs_of_imagenet_split_their_batches():
     config = experiment.get_config("paper")
-    config.imagenet.variants = ("mrl", "ff")
+    config.imagenet.variants = ("mrl", "ff", "slim", "finetuned_0")
     config.imagenet.update({"stage_sizes": (1, 1), "width": 64, "features": 512, "nesting": (8, 512)})
     config.imagenet.update({"adaptive": (), "funnels": ()})
     programs = experiment.programs(config, make_mesh(data=8))
-    kinds = {"update_160", "update_192", "embed"}
-    assert set(programs) == {f"imagenet/{f}/{kind}" for f in ("mrl", "ff") for kind in kinds} | {"imagenet/search"}
+    kinds = {"update_160", "update_192", "embed", "embed_database"}
+    expected = {f"imagenet/{f}/{kind}" for f in ("mrl", "ff", "slim") for kind in kinds}
+    expected |= {f"imagenet/finetuned_0/{kind}" for kind in kinds - {"update_160"}}
+    assert set(programs) == expected | {"imagenet/search", "imagenet/project"}
+    # ImageNet's 1,281,167 training images are odd: what is searched has rows of zeros at the end, and is split.
+    _, (_, database) = programs["imagenet/search"]
+    assert database.shape == (1_281_168, 512)
+    assert database.sharding.spec == jax.sharding.PartitionSpec("data")
     update, arguments = programs["imagenet/mrl/update_160"]
     assert arguments[1]["image"].shape == (512, 256, 256, 3)
     assert arguments[1]["image"].sharding.spec == jax.sharding.PartitionSpec("data")
@@ -303,16 +442,17 @@ def test_a_residual_network_learns_from_a_folder_on_a_mesh(tmp_path, monkeypatch
     monkeypatch.setenv("JAXPAPERS_DATA", str(tmp_path))
     rng, folder = np.random.default_rng(0), tmp_path / "imagenet"
     folder.mkdir()
-    for part, count in (("train", 32), ("test", 16)):
+    for part, count in (("train", 33), ("test", 15)):
         labels = np.arange(count) % 4
         picture = 60 * labels[:, None, None, None] + rng.integers(0, 40, size=(count, 24, 24, 3))
         np.save(folder / f"{part}_images.npy", picture.astype(np.uint8))
         np.save(folder / f"{part}_labels.npy", labels)
     config = experiment.get_config("paper")
     recipe = config.imagenet
-    recipe.update({"train_images": 32, "test_images": 16, "side": 24, "classes": 4, "stage_sizes": (1,), "width": 8})
+    recipe.update({"train_images": 33, "test_images": 15, "side": 24, "classes": 4, "stage_sizes": (1,), "width": 8})
     recipe.update({"bottleneck": False, "features": 8, "nesting": (4, 8), "variants": ("mrl",), "batch_size": 16})
-    recipe.update({"epochs": 4, "updates": 8, "sides": (32, 64), "ramp": (1, 3), "test_side": 32, "test_batch": 16})
+    recipe.update({"epochs": 4, "updates": 8, "sides": (32, 64), "ramp": (1, 3), "test_side": 32, "test_batch": 14})
+    recipe.update({"depths": (4, 8), "shots": (1, 2)})
     recipe.update({"stem": "small", "neighbours": 4, "adaptive": ((4, 8, 8),), "funnels": ((4, (8,), (4,)),)})
     recipe.update({"calibration": 6, "splits": 2, "dtype": "float32", "updates_per_call": 4})
     experiment.check_config(config)
@@ -325,12 +465,78 @@ def test_a_residual_network_learns_from_a_folder_on_a_mesh(tmp_path, monkeypatch
     assert (tmp_path / "run" / "checkpoints" / "imagenet_mrl_8_0" / "8").is_dir()
     data = images.load_images(recipe, 0)
     assert isinstance(data.train_images, np.memmap)
-    recipe.classes = 5
-    with pytest.raises(ValueError, match="the config says"):
-        images.load_images(recipe, 0)
     (folder / "test_labels.npy").unlink()
     metrics = experiment.run(config, Run(tmp_path / "other", Console(quiet=True), mesh))
     assert "No reader here downloads it" in metrics["imagenet/left_out"]
+
+
+@pytest.mark.parametrize(
+    ("part", "array", "message"),
+    [
+        ("train_images", np.zeros((6, 4, 4, 3), np.float32), r"train_images.npy is float32 of shape \(6, 4, 4, 3\)"),
+        ("test_images", np.zeros((3, 5, 4, 3), np.uint8), r"uint8 of shape \(3, 5, 4, 3\), the config says"),
+        ("train_labels", np.zeros(6), "train_labels.npy is float64"),
+        ("test_labels", np.zeros(2, int), r"shape \(2,\); 3 images need as many whole numbers"),
+        ("train_labels", np.array([0, 1, 0, 1, -1, 0]), "train_labels.npy has labels -1 to 1, the config says 0 to 1"),
+        ("test_labels", np.array([0, 2, 1]), "test_labels.npy has labels 0 to 2, the config says 0 to 1"),
+    ],
+)
+def test_arrays_that_are_not_what_the_config_says(tmp_path, monkeypatch, part, array, message):
+    monkeypatch.setenv("JAXPAPERS_DATA", str(tmp_path))
+    recipe = experiment.get_config("paper").imagenet
+    recipe.update({"train_images": 6, "test_images": 3, "side": 4, "classes": 2, "folder": ""})
+    for name, count in (("train", 6), ("test", 3)):
+        np.save(tmp_path / f"{name}_images.npy", np.zeros((count, 4, 4, 3), np.uint8))
+        np.save(tmp_path / f"{name}_labels.npy", np.arange(count) % 2)
+    assert images.load_images(recipe, 0).test_labels.tolist() == [0, 1, 0]
+    np.save(tmp_path / f"{part}.npy", array)
+    with pytest.raises(ValueError, match=message):
+        images.load_images(recipe, 0)
+    path = tmp_path / f"{part}.npy"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(CorruptData, match=f"{part}.npy is no whole .npy file"):
+        images.load_images(recipe, 0)
+    path.write_bytes(b"")
+    with pytest.raises(CorruptData, match=r"\(0 bytes\)"):
+        images.load_images(recipe, 0)
+
+
+@pytest.fixture
+def vit():
+    config = experiment.get_config("paper")
+    recipe = config.imagenet
+    recipe.update({"encoder": "vit", "features": 768, "nesting": mrl.log_spaced_sizes(768, 12), "variants": ("mrl",)})
+    recipe.update({"sides": (224, 224), "test_side": 224, "adaptive": (), "funnels": ()})
+    return config
+
+
+def test_a_vision_transformer_in_the_place_of_the_residual_network(vit):
+    experiment.check_config(vit)
+    recipe = vit.imagenet
+    encoder, _ = training.networks("mrl", recipe)
+    assert encoder == ViTB16(dtype=jnp.dtype("bfloat16"))
+    recipe.num_layers = 2
+    programs = experiment.programs(vit, make_mesh(data=8))
+    embed, arguments = programs["imagenet/mrl/embed"]
+    assert jax.eval_shape(embed, *arguments)["logits"].shape == (1024, 7, 1000)
+    recipe.sides = (192, 224)
+    with pytest.raises(UsageError, match=r"config.imagenet.sides=.* a ViT's positions belong to one size"):
+        experiment.check_config(vit)
+
+
+@pytest.mark.slow
+def test_a_vision_transformer_learns(vit):
+    recipe = vit.imagenet
+    recipe.update({"features": 12, "nesting": (6, 12), "num_layers": 2, "num_heads": 2, "mlp_units": 8, "classes": 4})
+    recipe.update({"sides": (32, 32), "test_side": 32, "side": 32, "dtype": "float32"})
+    state = training.single_state(training.Row("mrl", 12, 0), "mrl", recipe, 0)
+    batch = {"image": np.zeros((2, 32, 32, 3), np.uint8), "label": np.array([0, 3])}
+    with launch._quick_compilation(True):
+        after, metrics = jax.jit(training.single_step("mrl", recipe, 32))(state, batch, jax.random.key(0))
+    assert np.isfinite(metrics["loss"])
+    moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), state.params, after.params)
+    assert all(jax.tree.leaves(moved["head"]))
+    assert moved["encoder"]["positions"]
 
 
 def test_few_shot_examples_are_so_many_of_each_class(smoke, data):
@@ -358,7 +564,11 @@ def test_few_shot_examples_are_so_many_of_each_class(smoke, data):
         ("omniglot.features", 16, r"config.omniglot.nesting: .* to the width 16"),
         ("omniglot.variants", ("mrl", "svd"), "config.omniglot.variants=.* must be some of"),
         ("omniglot.hidden", (18,), r"config.omniglot.hidden=\(18,\) must be multiples of 4 for slim"),
-        ("omniglot.augmentation", "crop", "config.omniglot.augmentation=crop must be crop for a resnet"),
+        ("omniglot.augmentation", "crop", r"config.omniglot.augmentation=crop must be affine or mirror \(mlp\)"),
+        ("omniglot.variants", ("mrl", "finetuned_0"), "config.omniglot.variants=.* with ff, from which fine-tuned"),
+        ("omniglot.contrastive_sizes", (3,), "config.omniglot.contrastive_sizes=.* must be some of"),
+        ("omniglot.temperature", 0.0, "config.omniglot.temperature=0.0 must be above 0"),
+        ("omniglot.depths", (10, 73), r"config.omniglot.depths=\(10, 73\) must be some of 1..72"),
         ("omniglot.rate", 0.0, "config.omniglot.rate=0.0 must be above 0"),
         ("omniglot.label_smoothing", 1.5, "config.omniglot.label_smoothing=1.5 must be in"),
         ("omniglot.batch_size", 73, "config.omniglot.batch_size=73 must be at most the 72 images"),
@@ -382,9 +592,10 @@ def test_bad_fields_are_named(field, value, message):
     [
         ("features", 1024, "config.imagenet.nesting"),
         ("width", 32, "config.imagenet.features=2048 must be 1024, what the stages give"),
-        ("epochs", 37, "config.imagenet.epochs=37 must be a divisor of the updates"),
+        ("epochs", 37, "config.imagenet.epochs=37 must be a divisor of updates=100080"),
+        ("finetune_epochs", 7, "config.imagenet.finetune_epochs=7 must be a divisor of finetune_updates=25020"),
+        ("uniform_count", 1, "config.imagenet.uniform_count=1 must be in 2..2041"),
         ("source", "omniglot", "config.imagenet.source=omniglot must be arrays for a resnet"),
-        ("variants", ("slim",), "config.imagenet.variants=.* must be without slim for a resnet"),
         ("ramp", (34, 29), "config.imagenet.ramp=.* must be two epochs that rise"),
         ("dtype", "float16", "config.imagenet.dtype=float16 must be float32 or bfloat16"),
     ],

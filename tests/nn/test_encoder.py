@@ -46,9 +46,9 @@ def mlp_by_hand(params, x):
     return dense(params["down"], hidden * (1 + erf(hidden / np.sqrt(2))) / 2)
 
 
-def norm_by_hand(params, x):
+def norm_by_hand(params, x, epsilon=1e-5):
     centred = x - x.mean(axis=-1, keepdims=True)
-    scaled = centred / np.sqrt((centred**2).mean(axis=-1, keepdims=True) + 1e-5)
+    scaled = centred / np.sqrt((centred**2).mean(axis=-1, keepdims=True) + epsilon)
     return scaled * np.float64(params["scale"]) + np.float64(params["bias"])
 
 
@@ -61,14 +61,16 @@ def test_attention_is_the_loop_over_tokens(memory):
     np.testing.assert_allclose(compiled(module)({"params": params}, *map(jnp.asarray, arguments)), expected, atol=2e-5)
 
 
-@pytest.mark.parametrize("norm", ["post", "pre"])
-def test_block_is_its_formula(norm):
-    module = EncoderBlock(HEADS, HIDDEN, norm=norm)
+@pytest.mark.parametrize(("norm", "epsilon"), [("post", 1e-5), ("pre", 0.5)])
+def test_block_is_its_formula(norm, epsilon):
+    module = EncoderBlock(HEADS, HIDDEN, norm=norm, epsilon=epsilon)
     params = init(module, X)
     x = np.float64(X)
     attention = lambda x: attention_by_hand(params["attention"], x, x)  # noqa: E731
     mlp = lambda x: mlp_by_hand(params["mlp"], x)  # noqa: E731
-    first, second = (lambda x, name=name: norm_by_hand(params[name], x) for name in ("attention_norm", "mlp_norm"))
+    first, second = (
+        lambda x, name=name: norm_by_hand(params[name], x, epsilon) for name in ("attention_norm", "mlp_norm")
+    )
     if norm == "post":
         x = first(x + attention(x))
         expected = second(x + mlp(x))

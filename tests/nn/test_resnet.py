@@ -7,7 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpapers.nn.resnet import BLUR, Conv2d, ResNet, ResNet18, ResNet34, ResNet50, part_of
+from jaxpapers.nn.resnet import (
+    BLUR,
+    Conv2d,
+    ResNet,
+    ResNet18,
+    ResNet34,
+    ResNet50,
+    part_of,
+    variables_from_torch,
+)
 from jaxpapers.train import run_once
 
 X = np.random.default_rng(0).normal(size=(3, 18, 15, 3)).astype(np.float32)
@@ -143,6 +152,75 @@ def test_a_computation_in_bfloat16_pools_in_float32():
     variables = jax.eval_shape(model.init, jax.random.key(0), X)
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype(jnp.float32)}
     assert jax.eval_shape(model.apply, variables, X).dtype == jnp.float32
+
+
+def torch_names(model):
+    """(name in torchvision's state_dict, collection, path here) of all arrays; written out, not derived."""
+    found = [("conv1.weight", "params", ("stem", "kernel"))]
+
+    def norm(name, *path):
+        for kind, collection, leaf in (
+            ("weight", "params", "scale"),
+            ("bias", "params", "bias"),
+            ("running_mean", "batch_stats", "mean"),
+            ("running_var", "batch_stats", "var"),
+        ):
+            found.append((f"{name}.{kind}", collection, (*path, leaf)))
+
+    norm("bn1", "stem_norm")
+    for stage, blocks in enumerate(model.stage_sizes):
+        for index in range(blocks):
+            name, block = f"layer{stage + 1}.{index}", f"stage{stage}_block{index}"
+            first = stage > 0 and index == 0  # the block with a stride of 2: blurred where it has channels enough
+            for layer in range(3 if model.bottleneck else 2):
+                strided = first and layer == (1 if model.bottleneck else 0)
+                end = ".conv.weight" if model.blur and strided and model.width * 2**stage >= 16 else ".weight"
+                found.append((f"{name}.conv{layer + 1}{end}", "params", (block, f"conv{layer}", "kernel")))
+                norm(f"{name}.bn{layer + 1}", block, f"norm{layer}")
+            if first or (index == 0 and model.bottleneck):
+                end = ".conv.weight" if model.blur and first else ".weight"
+                found.append((f"{name}.downsample.0{end}", "params", (block, "shortcut", "kernel")))
+                norm(f"{name}.downsample.1", block, "shortcut_norm")
+    return found
+
+
+@pytest.mark.parametrize("blur", [False, True])
+def test_weights_come_from_torchvisions_names(blur):
+    model = ResNet((1, 2), True, width=8, blur=blur)
+    variables = jax.eval_shape(model.init, jax.random.key(0), X)
+    rng, state = np.random.default_rng(0), {}
+    expected = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), variables)
+    for name, collection, path in torch_names(model):
+        leaf = expected[collection]
+        for part in path:
+            leaf = leaf[part]
+        state["module." + name] = np.moveaxis(leaf, (3, 2), (0, 1)) if leaf.ndim == 4 else leaf
+        if name.endswith(".conv.weight"):
+            state["module." + name.replace("conv.weight", "blur_filter")] = BLUR[None, None]
+        if name.endswith("running_var"):
+            state["module." + name.replace("running_var", "num_batches_tracked")] = np.array(7)
+    assert any("blur_filter" in name for name in state) == blur
+    state["module.fc.nesting_classifier_0.weight"] = np.zeros((5, 8), np.float32)
+    found = variables_from_torch(state)
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    for name in ("conv1.bias", "layer1.0.bn1.scale", "layer1.0.attention.weight", "conv2.weight"):
+        with pytest.raises(ValueError, match=f"'{name}' is no parameter of a ResNet"):
+            variables_from_torch({name: np.zeros(3, np.float32)})
+
+
+@pytest.mark.slow
+def test_features_are_torchvisions():
+    torch = pytest.importorskip("torch")
+    torchvision = pytest.importorskip("torchvision")
+    theirs = torchvision.models.resnet50(weights=None).eval()
+    variables = variables_from_torch({name: value.numpy() for name, value in theirs.state_dict().items()})
+    theirs.fc = torch.nn.Identity()
+    x = np.random.default_rng(0).normal(size=(2, 64, 64, 3)).astype(np.float32)
+    with torch.no_grad():
+        expected = theirs(torch.from_numpy(x).permute(0, 3, 1, 2)).numpy()
+    found = jax.jit(ResNet50().apply)(variables, x)
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())  # float32, 50 layers
 
 
 def test_bad_input_is_refused():

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import scipy.interpolate
 
+from jaxpapers.nn.attention import full_attention
 from jaxpapers.nn.patches import patchify, unpatchify
 from jaxpapers.perception import adafortitran as ada
 from jaxpapers.perception.adafortitran import convolution
+from jaxpapers.perception.adafortitran.attention import attention
 from jaxpapers.perception.adafortitran.rivals import BidirectionalGRU
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "adafortitran"
@@ -216,6 +218,25 @@ def test_convolutions_by_shifts_are_convolutions():
     np.testing.assert_allclose(convolution.by_shifts(x, layers[:1])[:, 2, 1], cell, atol=1e-5)
 
 
+@pytest.mark.parametrize("rate", [0.0, 0.4])
+def test_attention_is_that_of_all_papers(rate):
+    # Dropout draws the same numbers for heads that lie in the batch.
+    x = 3 * jax.random.normal(jax.random.key(0), (3, 2, 5, 2, 4))
+
+    def value_and_gradient(attend):
+        def total(x):
+            found = attend(*x, key=jax.random.key(1), dropout_rate=rate)
+            return jnp.sum(jnp.sin(found)), found
+
+        return jax.jit(jax.value_and_grad(total, has_aux=True))(x)
+
+    found, expected = (value_and_gradient(f) for f in (attention, full_attention))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), found, expected)  # float32, logits to 20
+    half = attention(*x.astype(jnp.bfloat16))
+    assert half.dtype == jnp.bfloat16
+    np.testing.assert_allclose(half.astype(jnp.float32), full_attention(*x), atol=0.1)  # 8 bits, logits up to 20
+
+
 def pilots(seed, count=5):
     parts = np.random.default_rng(seed).normal(size=(2, count, *PILOTS)).astype(np.float32)
     return parts[0] + 1j * parts[1]
@@ -225,6 +246,7 @@ def test_real_and_imaginary_part_go_separately(adaptive):
     golden, _, params, apply = adaptive
     ls, conditions = golden["pilots_ls"], conditions_of(golden)
     estimate = np.asarray(apply(params, ls, conditions)[0])
+    # Not h^(conj ls) = conj h^(ls): F has biases, F(-x) is not -F(x). Exchanging the parts, i conj(ls), is exact.
     exchanged = apply(params, 1j * ls.conj(), conditions)[0]
     np.testing.assert_allclose(exchanged, 1j * estimate.conj(), atol=1e-5)  # float32
     nothing = np.asarray(apply(params, 0 * ls, conditions)[0])
@@ -319,7 +341,7 @@ def test_gru_is_pytorchs_by_a_loop():
 def test_sisrafnet_sees_the_parts_separately_and_every_row():
     model = ada.SisRafNet(SIZE, PILOTS, 4, 8)
     ls = pilots(4)
-    params = model.init(jax.random.key(0), ls)
+    params = jax.jit(model.init)(jax.random.key(0), ls)
     apply = jax.jit(model.apply)
     estimate = np.asarray(apply(params, ls))
     assert estimate.shape == (5, *SIZE)

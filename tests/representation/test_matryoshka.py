@@ -18,9 +18,9 @@ from jaxpapers.train import make_mesh
 
 # The search runs compiled: op by op it would compile dozens of small programs.
 search = jax.jit(mrl.exact_search, static_argnames=("k", "dim", "block", "query_block"))
-sharded = jax.jit(mrl.sharded_search, static_argnames=("k", "mesh", "dim", "block", "query_block"))
-rerank = jax.jit(mrl.rerank, static_argnames=("dim", "query_block"))
-funnel = jax.jit(mrl.funnel, static_argnames=("dims", "lengths"))
+sharded = jax.jit(mrl.sharded_search, static_argnames=("k", "mesh", "dim", "valid", "block", "query_block"))
+rerank = jax.jit(mrl.rerank, static_argnames=("dim", "mesh", "query_block"))
+funnel = jax.jit(mrl.funnel, static_argnames=("dims", "lengths", "mesh"))
 measures = jax.jit(mrl.retrieval_metrics, static_argnames="k")
 cascade = jax.jit(mrl.cascade, static_argnames="max_exit")
 GOLDEN = Path(__file__).parents[1] / "golden" / "matryoshka"
@@ -81,7 +81,7 @@ def test_resnet50_has_the_papers_number_of_columns():
     assert mrl.head_parameters(sizes, 1, use_bias=False) == 4088
     assert mrl.head_parameters(sizes, 1000, tied=True) == 2049 * 1000
     assert mrl.log_spaced_sizes(768) == (12, 24, 48, 96, 192, 384, 768)
-    assert mrl.uniform_sizes(2048, 9, 8) == (8, 263, 518, 773, 1028, 1283, 1538, 1793, 2048)
+    assert mrl.uniform_sizes(2048, 11) == (8, 212, 416, 620, 824, 1028, 1232, 1436, 1640, 1844, 2048)  # MRL-Uniform
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["mrl", "mrl_e"])
@@ -195,22 +195,31 @@ def test_fixed_features_do_not_see_the_others():
     np.testing.assert_allclose(masked, grad, atol=1e-7)
 
 
-def numpy_info_nce(u, v, temperature):
-    cosines = (u / np.linalg.norm(u, axis=1)[:, None]) @ (v / np.linalg.norm(v, axis=1)[:, None]).T / temperature
-    rows, columns = (logsumexp(cosines, axis=axis) - np.diag(cosines) for axis in (1, 0))
+def numpy_info_nce(u, v, temperature, normalize=True):
+    if normalize:
+        u, v = (part / np.linalg.norm(part, axis=1)[:, None] for part in (u, v))
+    scores = u @ v.T / temperature
+    rows, columns = (logsumexp(scores, axis=axis) - np.diag(scores) for axis in (1, 0))
     return (rows.mean() + columns.mean()) / 2
 
 
 def test_contrastive_loss_normalises_every_prefix():
     with jax.enable_x64(True):
         u, v = np.random.default_rng(1).normal(size=(2, 7, 16))
-        c = (1, 0, 2.0, 0.5)
+        c = np.array([1, 0, 2.0, 0.5])
         loss = jax.jit(mrl.nested_contrastive, static_argnums=(2, 3))
         value = loss(u, v, NESTING, 0.2, c)
         expected = sum(w * numpy_info_nce(u[:, :m], v[:, :m], 0.2) for w, m in zip(c, NESTING, strict=True))
         np.testing.assert_allclose(value, expected, rtol=1e-12)
         np.testing.assert_allclose(loss(3 * u, v, NESTING, 0.2, c), value, rtol=1e-12)
         np.testing.assert_allclose(loss(u, v, (16,), 0.2), numpy_info_nce(u, v, 0.2), rtol=1e-12)
+        plain = partial(mrl.nested_contrastive, nesting=NESTING, temperature=0.2, importance=c, normalize=False)
+        value, grad = jax.jit(jax.value_and_grad(plain))(u, v)
+        terms = [numpy_info_nce(u[:, :m], v[:, :m], 0.2, normalize=False) for m in NESTING]
+        np.testing.assert_allclose(value, np.dot(c, terms), rtol=1e-12)
+        assert (np.abs(grad) > 0).all()
+        kept = jax.tree.leaves(jax.eval_shape(lambda u, v: jax.vjp(plain, u, v)[1], u, v))
+        assert all(leaf.shape != (7, 7) for leaf in kept)  # no similarities
 
 
 def test_masked_language_loss_is_the_tied_loss():
@@ -352,6 +361,26 @@ def test_a_search_over_devices_is_that_of_one(search_data, items, k):
     queries, database = search_data
     found = sharded(queries, database[:items], k=k, mesh=make_mesh(data=8), dim=5, block=4, query_block=4)
     np.testing.assert_array_equal(found, brute_force(queries, database[:items], 5, k))
+
+
+@pytest.mark.parametrize("items", [41, 40])  # padded; even
+def test_reranking_over_devices_is_that_of_one(search_data, items):
+    queries, database = search_data
+    mesh = make_mesh(data=8)
+    listed = search(queries, database[:items], k=12, dim=3)
+    found = rerank(listed, queries, database[:items], dim=6, mesh=mesh, query_block=4)
+    np.testing.assert_array_equal(found, rerank(listed, queries, database[:items], dim=6, query_block=4))
+    stages = {"dims": (4, 6), "lengths": (9, 5)}
+    found = funnel(listed, queries, database[:items], mesh=mesh, **stages)
+    np.testing.assert_array_equal(found, funnel(listed, queries, database[:items], **stages))
+
+
+def test_rows_that_only_fill_up_are_never_found(search_data):
+    queries, database = search_data
+    filled = np.concatenate([database, np.zeros((7, 6), np.float32)])
+    options = {"k": 41, "mesh": make_mesh(data=8), "dim": 5, "block": 4}
+    found = sharded(queries, filled, valid=41, **options)
+    np.testing.assert_array_equal(found, brute_force(queries, database, 5, 41))
 
 
 def test_search_holds_no_matrix_of_all_pairs():
@@ -620,6 +649,12 @@ BAD = {
     "dim": (lambda: mrl.exact_search(Z, Z, 1, dim=17), "not 17"),
     "block": (lambda: mrl.exact_search(Z, Z, 1, block=0), "block and query_block must be at least 1, got 0"),
     "axis": (lambda: mrl.sharded_search(Z, Z, 1, make_mesh(data=8), axis="rows"), "not 'rows'"),
+    "valid": (
+        lambda: mrl.sharded_search(Z, Z, 1, make_mesh(data=8), valid=7),
+        "valid must be between 1 and the 6 rows",
+    ),
+    "few_valid": (lambda: mrl.sharded_search(Z, Z, 3, make_mesh(data=8), valid=2), "the 2 items of the database"),
+    "rerank_axis": (lambda: mrl.rerank(LIST, Z[:1], Z, 8, mesh=make_mesh(data=8), axis="rows"), "not 'rows'"),
     "neighbors": (lambda: mrl.rerank(LIST + 4, Z[:1], Z, 8), "rows of a database of 6: .* got 6"),
     "rerank": (lambda: mrl.rerank(LIST, Z[:1], Z, 17), "not 17"),
     "rerank_block": (lambda: mrl.rerank(LIST, Z[:1], Z, 8, query_block=0), "query_block must be at least 1"),

@@ -397,6 +397,18 @@ def test_the_decoder_sees_no_future(original):
     assert np.abs(one[:, -2:] - other[:, -2:]).max() > 1e-3
 
 
+def test_sown_maps_of_masked_attention_see_no_future(window):
+    _, sown = jax.jit(partial(VANILLA.apply, mutable="intermediates"))(initial(VANILLA), window)
+    block = sown["intermediates"]["decoder"]["layers_0"]
+    (own,), (cross,) = (block[f"{name}_attention"]["attention_weights"] for name in ("self", "cross"))
+    steps = VANILLA.label_len + HORIZON
+    assert own.shape == (BATCH, 4, steps, steps)
+    assert (np.triu(own, 1) == 0).all()
+    np.testing.assert_allclose(own.sum(axis=-1), 1, atol=1e-6)
+    assert cross.shape == (BATCH, 4, steps, TIME)
+    assert (cross > 0).all()
+
+
 def test_sinusoidal_positions():
     table = baselines.sinusoidal_positions(10, 6)
     for t, i in np.ndindex(10, 3):

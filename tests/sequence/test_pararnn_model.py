@@ -289,22 +289,6 @@ def test_weight_decay_is_for_matrices():
             assert decays == (path[-1].key in ("kernel", "embedding", "B")), path
 
 
-def test_language_loss_is_cross_entropy_and_z_loss():
-    rng = np.random.default_rng(0)
-    logits, targets = rng.normal(size=(2, 5, VOCAB)), rng.integers(VOCAB, size=(2, 5))
-    weights = rng.integers(2, size=(2, 5)).astype(float)
-    z = np.exp(logits).sum(-1)
-    losses = np.log(z) - np.take_along_axis(logits, targets[..., None], -1)[..., 0] + 0.01 * np.log(z) ** 2
-    with jax.enable_x64(True):
-        loss, terms = pararnn.language_loss(logits, targets, weights, z_loss=0.01)
-        np.testing.assert_allclose(loss, (weights * losses).sum() / weights.sum(), rtol=1e-12)
-        np.testing.assert_allclose(terms.cross_entropy + 0.01 * terms.z_loss, loss, rtol=1e-12)
-        right = (logits.argmax(-1) == targets)[weights > 0].mean()
-        np.testing.assert_allclose(terms.accuracy, right, rtol=1e-12)
-        np.testing.assert_allclose(pararnn.language_loss(logits, targets, z_loss=0.01)[0], losses.mean(), rtol=1e-12)
-        assert pararnn.language_loss(logits, targets, np.zeros((2, 5)))[0] == 0
-
-
 def test_gradients_of_a_model_do_not_depend_on_the_method():
     def gradient(method):
         model = language_model("lstm", mixer_options={"solver": Solver(method=method, max_iterations=8)})

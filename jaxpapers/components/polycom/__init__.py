@@ -48,10 +48,12 @@ from jaxpapers.components.polycom.feed_forward import (
 )
 from jaxpapers.components.polycom.model import (
     CONTEXT,
+    DECAYS,
     SIZES,
     Size,
     TransformerBlock,
     TransformerLM,
+    causal_attention,
     language_model,
     truncated_init,
     weight_decay_mask,
@@ -76,11 +78,12 @@ from jaxpapers.components.polycom.theory import (
     local_taylor_network,
     sawtooth_square,
 )
-from jaxpapers.nn.language import LossTerms, language_loss
+from jaxpapers.nn.language import LossTerms, chunked_language_loss, language_loss
 
 __all__ = [
     "ACTIVATIONS",
     "CONTEXT",
+    "DECAYS",
     "GATED",
     "RHOS",
     "SIZES",
@@ -98,6 +101,8 @@ __all__ = [
     "TransformerLM",
     "apply_experts",
     "blocks_from_rows",
+    "causal_attention",
+    "chunked_language_loss",
     "coeffs_from_reference",
     "coeffs_to_reference",
     "effective_rank",

@@ -354,12 +354,14 @@ class PolyReLUNorm(nn.Module):
     Attributes:
         order: r.
         eps: below the root.
+        axis_name: as of `PolyNorm`.
         dtype: of the result; None: that of the input. The computation is in float32 at least.
         param_dtype: of the coefficients.
     """
 
     order: int = 3
     eps: float = EPSILON
+    axis_name: str | None = None
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
 
@@ -371,4 +373,5 @@ class PolyReLUNorm(nn.Module):
             ValueError: an order below 1; an eps that is not above 0.
         """
         coeffs = _coeffs_param(self, self.order, self.param_dtype)
-        return poly_norm(jax.nn.relu(x), coeffs, eps=self.eps).astype(self.dtype or x.dtype)
+        y = poly_norm(jax.nn.relu(x), coeffs, eps=self.eps, axis_name=self.axis_name)
+        return y.astype(self.dtype or x.dtype)

@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
@@ -39,6 +40,7 @@ LEARNED: dict[str, Callable[..., nn.Module]] = {
     "polysilu": partial(PolyCom, "silu"),
     "polyrelunorm": PolyReLUNorm,
 }
+NORMALISED = ("polynorm", "polyrelunorm")  # over the whole width
 ACTIVATIONS = (*LEARNED, *GATED, *FIXED)
 
 
@@ -88,6 +90,8 @@ class FeedForward(nn.Module):
         kernel_init: of up and gate; None: `small_init` of the width.
         out_init: of down; None: as `kernel_init`.
         dtype: of the computation; None: that of inputs and parameters.
+        axis_name: inside `jax.shard_map`, the mesh axis over which the units are split; `hidden` is then the number of
+            this device's. Norms are those of all units, and so is the sum that comes out.
     """
 
     hidden: int
@@ -96,6 +100,7 @@ class FeedForward(nn.Module):
     kernel_init: Initializer | None = None
     out_init: Initializer | None = None
     dtype: DTypeLike | None = None
+    axis_name: str | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
@@ -114,16 +119,21 @@ class FeedForward(nn.Module):
         if self.activation in GATED:
             y = nn.silu(dense(self.hidden, kernel_init, "gate")(x)) * y
         elif self.activation in LEARNED:
-            y = LEARNED[self.activation](order=self.order, name="activation")(y)
+            split = {"axis_name": self.axis_name} if self.activation in NORMALISED else {}
+            y = LEARNED[self.activation](order=self.order, name="activation", **split)(y)
         else:
             y = FIXED[self.activation](y)
-        return dense(x.shape[-1], self.out_init or kernel_init, "down")(y)
+        y = dense(x.shape[-1], self.out_init or kernel_init, "down")(y)
+        return y if self.axis_name is None else lax.psum(y, self.axis_name)
 
 
 def params_from_torch(
     state_dict: Mapping[str, Float[AnyArray, "..."]],
 ) -> dict[str, dict[str, Float[np.ndarray, "..."]]]:
     """Parameters of a `FeedForward` from the authors' dense model: one layer's `mlp`.
+
+    The authors publish whole models, PolyReLU_1B and PolyNorm_1B. What their files call the other tensors, and how
+    they order the channels of queries and keys, could not be seen here: there is no converter of a whole model.
 
     Args:
         state_dict: `dense_h_to_4h.weight` (units, width), `dense_4h_to_h.weight` (width, units) and, of the learned

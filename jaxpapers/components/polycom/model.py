@@ -4,7 +4,7 @@ Pre-norm blocks with RMSNorm, rotary positions, no biases, an untied head.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import NamedTuple
 
@@ -12,7 +12,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
@@ -28,6 +29,43 @@ truncated_init = nn.initializers.truncated_normal(0.02, lower=-3.0, upper=3.0)  
 COEFFICIENTS = ("coeffs", "slope")
 
 
+def causal_attention(
+    q: Float[Array, "batch time heads head_dim"],
+    k: Float[Array, "batch time heads head_dim"],
+    v: Float[Array, "batch time heads head_dim"],
+    chunk: int | None = None,
+) -> Float[Array, "batch time heads head_dim"]:
+    """Softmax attention to the past and the present, in float32 at least.
+
+    Args:
+        q: queries.
+        k: keys.
+        v: values.
+        chunk: queries whose weights are held at once, and computed again in the backward pass: memory grows with
+            chunk * time, not with time^2. It need not divide the time. None: all queries at once.
+
+    Raises:
+        ValueError: a chunk below 1.
+    """
+    if chunk is None:
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True)
+    if chunk < 1:
+        raise ValueError(f"attention's chunk must be at least 1, got {chunk}")
+    batch, time, *shape = q.shape
+    chunk = min(chunk, time)
+    filled = jnp.pad(q, ((0, 0), (0, -time % chunk), (0, 0), (0, 0)))
+    chunks = jnp.moveaxis(filled.reshape(batch, -1, chunk, *shape), 1, 0)
+
+    def attend(part: tuple[Array, Array]) -> Array:
+        start, q = part
+        past = jnp.arange(time) <= start + jnp.arange(chunk)[:, None]
+        return jax.nn.dot_product_attention(q, k, v, mask=past[None, None])
+
+    # The loop keeps XLA from merging the second computation with the first.
+    out = lax.map(jax.checkpoint(attend, prevent_cse=False), (chunk * jnp.arange(len(chunks)), chunks))
+    return jnp.moveaxis(out, 0, 1).reshape(filled.shape)[:, :time]
+
+
 class Attention(nn.Module):
     """Causal self-attention with rotary positions, without biases; `nn.transformer`'s with an initialisation.
 
@@ -37,6 +75,7 @@ class Attention(nn.Module):
         kernel_init: of query, key and value.
         out_init: of the output projection.
         dtype: of the computation; None: that of inputs and parameters.
+        chunk: queries at once (see `causal_attention`).
     """
 
     num_heads: int
@@ -44,13 +83,14 @@ class Attention(nn.Module):
     kernel_init: Initializer
     out_init: Initializer
     dtype: DTypeLike | None = None
+    chunk: int | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch time width"]) -> Float[Array, "batch time width"]:
         """Attends.
 
         Raises:
-            ValueError: heads that do not divide the width; an odd width of a head.
+            ValueError: heads that do not divide the width; an odd width of a head; as `causal_attention`.
         """
         _, steps, width = x.shape
         if width % self.num_heads:
@@ -69,7 +109,7 @@ class Attention(nn.Module):
                 for name, each in (("query_norm", q), ("key_norm", k))
             )
         q, k = (rotary(each, jnp.arange(steps)) for each in (q, k))
-        out = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+        out = causal_attention(q, k, v, self.chunk)
         return nn.DenseGeneral(
             width, axis=(-2, -1), use_bias=False, kernel_init=self.out_init, dtype=self.dtype, name="out"
         )(out)
@@ -85,6 +125,7 @@ class TransformerBlock(nn.Module):
         kernel_init: of query, key and value.
         out_init: of the attention's output projection.
         dtype: of the computation; None: that of inputs and parameters.
+        attention_chunk: queries at once (see `causal_attention`).
     """
 
     num_heads: int
@@ -93,15 +134,15 @@ class TransformerBlock(nn.Module):
     kernel_init: Initializer
     out_init: Initializer
     dtype: DTypeLike | None = None
+    attention_chunk: int | None = None
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "batch time width"], mask: Bool[Array, "batch time"] | None = None
     ) -> Float[Array, "batch time width"]:
         """Applies the block; a mask goes to the second half."""
-        attention = Attention(
-            self.num_heads, self.qk_norm, self.kernel_init, self.out_init, self.dtype, name="attention"
-        )
+        options = (self.qk_norm, self.kernel_init, self.out_init, self.dtype, self.attention_chunk)
+        attention = Attention(self.num_heads, *options, name="attention")
         x = x + attention(nn.RMSNorm(NORM_EPSILON, dtype=self.dtype, name="attention_norm")(x))
         y = nn.RMSNorm(NORM_EPSILON, dtype=self.dtype, name="mlp_norm")(x)
         mlp = self.feed_forward(dtype=self.dtype, name="mlp")
@@ -110,6 +151,13 @@ class TransformerBlock(nn.Module):
 
 class TransformerLM(nn.Module):
     """Language model: embedding, blocks, RMSNorm, untied linear head.
+
+    `logits(states(tokens))` is the model; with `chunked_language_loss` between them the logits are never whole:
+
+        variables = {"params": params}
+        states = model.apply(variables, tokens[:, :-1], method="states")
+        head = partial(model.apply, variables, method="logits")
+        loss, terms = chunked_language_loss(head, states, tokens[:, 1:], chunk=512)
 
     Attributes:
         width: of the residual stream.
@@ -126,7 +174,8 @@ class TransformerLM(nn.Module):
         out_init: of output projections; None: `kernel_init`'s, with `small_init` divided by sqrt(2 num_layers).
         dtype: of the computation, such as bfloat16; None: that of the parameters. Logits are float32 at least.
         block: rows of a block of experts (see `grouped_dot`).
-        mesh: where the experts' tokens lie (see `MoEFeedForward`).
+        mesh: None, or where the batch is split over the axis `data` (see `MoEFeedForward` for the experts).
+        attention_chunk: queries at once (see `causal_attention`).
         remat: compute activations again in the backward pass (see `Stack`).
         scan: one program for all layers (see `Stack`).
     """
@@ -146,22 +195,15 @@ class TransformerLM(nn.Module):
     dtype: DTypeLike | None = None
     block: int = 1
     mesh: Mesh | None = None
+    attention_chunk: int | None = None
     remat: bool = False
     scan: bool = False
 
-    @nn.compact
-    def __call__(
-        self, tokens: Int[AnyArray, "batch time"], mask: Bool[AnyArray, "batch time"] | None = None
-    ) -> Float[Array, "batch time vocab"]:
-        """Logits of the token that follows, at every step.
-
-        Args:
-            tokens: inputs.
-            mask: False for padding behind a sequence's end: it is not routed to experts. A dense model has no need of
-                it: attention is causal.
+    def setup(self) -> None:
+        """Makes the layers.
 
         Raises:
-            ValueError: see `Attention`, `FeedForward` and `MoEFeedForward`; units that have no gated match.
+            ValueError: units that have no gated match.
         """
         kernel_init = self.kernel_init or small_init(self.width)
         out_init = self.out_init or self.kernel_init or _scaled(kernel_init, 1 / math.sqrt(2 * self.num_layers))
@@ -184,14 +226,49 @@ class TransformerLM(nn.Module):
             "kernel_init": kernel_init,
             "out_init": out_init,
             "dtype": self.dtype,
+            "attention_chunk": self.attention_chunk,
         }
-        embed = nn.Embed(self.vocab_size, self.width, embedding_init=kernel_init, dtype=self.dtype, name="embed")
-        stack = Stack(TransformerBlock, self.num_layers, options, remat=self.remat, scan=self.scan, name="blocks")
+        self.embed = nn.Embed(self.vocab_size, self.width, embedding_init=kernel_init, dtype=self.dtype)
+        self.blocks = Stack(TransformerBlock, self.num_layers, options, remat=self.remat, scan=self.scan)
+        self.norm = nn.RMSNorm(NORM_EPSILON, dtype=self.dtype)
+        self.head = nn.Dense(self.vocab_size, use_bias=False, kernel_init=kernel_init, dtype=self.dtype)
+
+    def __call__(
+        self, tokens: Int[AnyArray, "batch time"], mask: Bool[AnyArray, "batch time"] | None = None
+    ) -> Float[Array, "batch time vocab"]:
+        """Logits of the token that follows, at every step.
+
+        Args:
+            tokens: inputs.
+            mask: False for padding behind a sequence's end: it is not routed to experts. A dense model has no need of
+                it: attention is causal.
+
+        Raises:
+            ValueError: see `Attention`, `FeedForward` and `MoEFeedForward`; units that have no gated match.
+        """
+        return self.logits(self.states(tokens, mask))
+
+    def states(
+        self, tokens: Int[AnyArray, "batch time"], mask: Bool[AnyArray, "batch time"] | None = None
+    ) -> Float[Array, "batch time width"]:
+        """What the head sees at every step: the last block's output, normalised.
+
+        Args:
+            tokens: inputs.
+            mask: as of the whole model.
+
+        Raises:
+            ValueError: as the whole model.
+        """
         shared = (jnp.asarray(mask),) if mask is not None and self.num_experts else ()
-        x = stack(embed(tokens), *shared)
-        x = nn.RMSNorm(NORM_EPSILON, dtype=self.dtype, name="norm")(x)
-        head = nn.Dense(self.vocab_size, use_bias=False, kernel_init=kernel_init, dtype=self.dtype, name="head")
-        logits = head(x)
+        x = self.embed(tokens)
+        if self.mesh is not None:
+            x = lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec("data")))
+        return self.norm(self.blocks(x, *shared))
+
+    def logits(self, states: Float[Array, "*batch width"]) -> Float[Array, "*batch vocab"]:
+        """The head: logits of states, in float32 at least."""
+        logits = self.head(states)
         return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
 
 
@@ -214,7 +291,7 @@ class Size(NamedTuple):
         warmup: share of the updates.
         batch_size: sequences of 4096 tokens.
         steps: of the optimiser.
-        decay_all: weight decay of norms and embeddings, too (see `weight_decay_mask`).
+        decay: kinds of parameters that AdamW decays (see `weight_decay_mask`).
     """
 
     width: int
@@ -228,14 +305,17 @@ class Size(NamedTuple):
     warmup: float
     batch_size: int
     steps: int
-    decay_all: bool
+    decay: tuple[str, ...]
 
 
 CONTEXT = 4096
+DECAYS = ("matrices", "embeddings", "norms", "coefficients")
 SIZES = {
-    # 100 billion tokens as in the authors' script (the paper: 250), 0.62 of them warm-up; 200 billion, 10.5.
-    "1B": Size(2048, 24, 16, 8256, 32_000, 0, 0, 3e-4, 0.0062, 64, 381_470, False),
-    "1B-7B": Size(2048, 16, 16, 1536, 50_304, 64, 8, 4e-4, 0.0524, 1024, 47_684, True),
+    # 100 billion tokens as in the authors' script (the paper: 250), 0.62 of them warm-up.
+    "1B": Size(2048, 24, 16, 8256, 32_000, 0, 0, 3e-4, 0.0062, 64, 381_470, ("matrices", "embeddings", "coefficients")),
+    # 200 billion, 10.5 of them warm-up. The paper has the cosine end at a tenth, which is followed; in the authors'
+    # configuration it would end at 5e12 tokens, so that after 200 billion the rate is still next to its peak.
+    "1B-7B": Size(2048, 16, 16, 1536, 50_304, 64, 8, 4e-4, 0.0524, 1024, 47_684, DECAYS),
 }
 
 
@@ -246,6 +326,7 @@ def language_model(
     order: int = 3,
     dtype: DTypeLike | None = None,
     mesh: Mesh | None = None,
+    attention_chunk: int | None = None,
     remat: bool = False,
     scan: bool = False,
 ) -> TransformerLM:
@@ -256,7 +337,8 @@ def language_model(
         activation: one of `ACTIVATIONS`.
         order: as of `TransformerLM`, like what follows.
         dtype: of the computation.
-        mesh: where the experts' tokens lie.
+        mesh: where the batch lies.
+        attention_chunk: queries at once.
         remat: compute activations again in the backward pass.
         scan: one program for all layers.
     """
@@ -271,24 +353,32 @@ def language_model(
         kernel_init=init,
         dtype=dtype,
         mesh=mesh,
+        attention_chunk=attention_chunk,
         remat=remat,
         scan=scan,
     )
 
 
-def weight_decay_mask(params: PyTree, decay_all: bool = False, coefficients: bool = True) -> PyTree[bool]:
+def weight_decay_mask(params: PyTree, decay: Collection[str] = SIZES["1B"].decay) -> PyTree[bool]:
     """True for the leaves that AdamW shall decay.
+
+    The dense model's code (Megatron) decays matrices and the embedding, but no vector; OLMoE's decays norms as well.
+    Here the activations' coefficients are decayed unless they are left out. The authors' code, in the snapshot of April
+    2025, decays them in neither model: in Megatron they are vectors, OLMoE's list of exceptions has them.
 
     Args:
         params: of a model here.
-        decay_all: norms and embeddings, too (OLMoE's code); otherwise matrices alone (the dense model's).
-        coefficients: of the activations.
+        decay: some of `DECAYS`.
+
+    Raises:
+        ValueError: another kind.
     """
+    if unknown := set(decay) - set(DECAYS):
+        raise ValueError(f"nothing to decay is called {sorted(unknown)}, expected some of {DECAYS}")
 
     def decays(path: tuple, _: object) -> bool:
-        names = [jax.tree_util.keystr((key,), simple=True) for key in path]
-        if names[-1] in COEFFICIENTS:
-            return coefficients
-        return decay_all or names[-1] not in ("scale", "embedding")
+        name = jax.tree_util.keystr(path[-1:], simple=True)
+        kinds = {"scale": "norms", "embedding": "embeddings"} | dict.fromkeys(COEFFICIENTS, "coefficients")
+        return kinds.get(name, "matrices") in decay
 
     return jax.tree.map_with_path(decays, params)

@@ -16,7 +16,7 @@ in ls.
 
 - `model`: `FortiTran`, `AdaFortiTran` and their parts. Training minimises `estimation_loss`, the mean over real and
   imaginary entries: half of the `complex_mse` that is reported, in dB of the mean (`to_db`)
-- `convolution`: the convolutions, by another route on a CPU
+- `convolution`, `attention`: the convolutions and the softmax attention, by routes that are quick on a CPU
 - `rivals`: `CEViT` (Liu et al., GLOBECOM 2023), `SisRafNet` (arXiv 2401.05436), `LinearEstimator`
 - `linear`: `bilinear_interpolate`, `lmmse_matrix` (matched where F, J, s2 are the slot's own, pooled where they are
   means over conditions), `fit_sample_covariances`, `linear_error` and `lmmse_bound`. Given its conditions a channel is

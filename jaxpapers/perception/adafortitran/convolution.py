@@ -1,11 +1,12 @@
 """Stacks of 3x3 convolutions of one to a few dozen channels, which is where all models here spend their time on a CPU.
 
 The CPU has a route of its own, `by_shifts`: inside a `lax.scan` over updates, and under `vmap` over models with kernels
-of their own, XLA leaves its fast convolutions there (AdaFortiTran's two CNNs, batch 32 on a 24 x 14 grid, forward and
-backward: see `benchmark` in the experiment's docstring). Accelerators keep `by_convolutions`.
+of their own, XLA leaves its fast convolutions there, and AdaFortiTran's CNNs take about ten times as long as by shifts
+(32 grids of 24 x 14, forward and backward, two cores). Accelerators keep `by_convolutions`.
 """
 
 from collections.abc import Sequence
+from functools import reduce
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -16,13 +17,14 @@ from jaxtyping import Array, Float
 from jaxpapers.nn.initializers import torch_default_bias_init, torch_default_kernel_init
 
 AnyArray = Array | np.ndarray
-Layer = tuple[Float[AnyArray, "3 3 inputs outputs"], Float[AnyArray, "outputs"]]  # kernel and bias
+Layer = tuple[Float[AnyArray, "3 3 _ _"], Float[AnyArray, "_"]]  # kernel (3, 3, inputs, outputs) and bias (outputs,)
 
 
 def by_convolutions(x: Float[AnyArray, "batch K T"], layers: Sequence[Layer]) -> Float[Array, "batch K T outputs"]:
     """Convolutions of grids with a border of zeros, ReLU between them; the first layer has one input."""
     y = jnp.asarray(x)[..., None]
-    for index, (kernel, bias) in enumerate(layers):
+    for index, layer in enumerate(layers):
+        kernel, bias = map(jnp.asarray, layer)
         y = nn.relu(y) if index else y
         y = lax.conv_general_dilated(y, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")) + bias
     return y
@@ -31,21 +33,23 @@ def by_convolutions(x: Float[AnyArray, "batch K T"], layers: Sequence[Layer]) ->
 def by_shifts(x: Float[AnyArray, "batch K T"], layers: Sequence[Layer]) -> Float[Array, "batch K T outputs"]:
     """The same by matrix products, channels first.
 
-    All grids, each with its border, lie one behind the other in one row: a neighbour is a fixed number of places away,
-    and a shift is one contiguous copy. Where a layer has more outputs than inputs the inputs are shifted and then
-    multiplied, elsewhere the products are: the fewer channels are copied nine times.
+    All grids lie one behind the other in one row, each with zeros above and at its left (the next ones' are those below
+    and at the right): a neighbour is a fixed number of places away, and a shift is one contiguous copy. Where a layer
+    has more outputs than inputs the inputs are shifted and then multiplied, elsewhere the products are: the fewer
+    channels are copied nine times.
     """
     batch, K, T = x.shape
-    border = ((0, 0), (1, 1), (1, 1))
+    border = ((0, 0), (1, 0), (1, 0))
     inside = np.pad(np.ones((batch, K, T), np.float32), border).reshape(-1)
-    shifts = [(row - 1) * (T + 2) + column - 1 for row in range(3) for column in range(3)]
-    margin, places = T + 3, inside.size
+    shifts = [(row - 1) * (T + 1) + column - 1 for row in range(3) for column in range(3)]
+    margin, places = T + 2, inside.size
 
     def shifted(y: Array, shift: int) -> Array:
         return lax.slice_in_dim(y, margin + shift, margin + shift + places, axis=-1)
 
     y = jnp.pad(jnp.asarray(x), border).reshape(1, -1)
-    for index, (kernel, bias) in enumerate(layers):
+    for index, layer in enumerate(layers):
+        kernel, bias = map(jnp.asarray, layer)
         y = nn.relu(y) * inside if index else y
         inputs, outputs = kernel.shape[2:]
         if inputs <= outputs:
@@ -54,9 +58,9 @@ def by_shifts(x: Float[AnyArray, "batch K T"], layers: Sequence[Layer]) -> Float
         else:
             products = (jnp.swapaxes(kernel, 2, 3).reshape(-1, inputs) @ y).reshape(9, outputs, places)
             padded = jnp.pad(products, ((0, 0), (0, 0), (margin, margin)))
-            y = sum(shifted(padded[place], shift) for place, shift in enumerate(shifts))
+            y = reduce(jnp.add, [shifted(padded[place], shift) for place, shift in enumerate(shifts)])
         y = y + bias[:, None]
-    return jnp.moveaxis(y.reshape(-1, batch, K + 2, T + 2)[..., 1:-1, 1:-1], 0, -1)
+    return jnp.moveaxis(y.reshape(-1, batch, K + 1, T + 1)[..., 1:, 1:], 0, -1)
 
 
 class Convolutions(nn.Module):

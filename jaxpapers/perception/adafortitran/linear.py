@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array, Complex, Float, Inexact, Int
 
 AnyArray = Array | np.ndarray
-Indices = Sequence[int] | Int[AnyArray, "points"]
+Indices = Sequence[int] | Int[AnyArray, "_"]  # rows and columns differ in number
 
 
 def linear_weights(points: Indices, size: int) -> Float[np.ndarray, "size points"]:

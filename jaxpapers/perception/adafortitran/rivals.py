@@ -111,7 +111,7 @@ class CEViT(nn.Module):
         Raises:
             ValueError: no conditions.
         """
-        require_conditions(self, conditions)
+        conditions = require_conditions(self, conditions)
         dense = jnp.asarray(dense)
         tokens = patchify(jnp.concatenate([dense.real, dense.imag], axis=-1)[..., None], self.patch)
         tokens = jnp.concatenate([tokens, self.adapter(conditions).astype(tokens.dtype)], axis=-1)

@@ -76,7 +76,7 @@ def _leaf(leaf: str, value: Float[AnyArray, "..."]) -> str:
 
 def _kernel(leaf: str, value: Float[AnyArray, "..."]) -> AnyArray:
     """(out, in, *window) -> (*window, in, out)."""
-    return np.moveaxis(value, (1, 0), (-2, -1)) if leaf == "weight" and value.ndim > 1 else value
+    return np.moveaxis(np.asarray(value), (1, 0), (-2, -1)) if leaf == "weight" and value.ndim > 1 else value
 
 
 def _layer_from_torch(name: str, value: Float[AnyArray, "..."]) -> dict[str, AnyArray]:

@@ -217,10 +217,12 @@ def nested_contrastive(
     nesting: Sequence[int],
     temperature: float | Float[AnyArray, ""],
     importance: Float[AnyArray, "weights"] | Sequence[float | int] | None = None,
+    normalize: bool = True,
 ) -> Float[Array, ""]:
     """Sum over m of c_m times the symmetric InfoNCE of the pairs (u_i, v_i), each prefix normalised by itself (Sec. 3).
 
-    Symmetric: the mean of both directions. The other rows of the batch are the negatives.
+    Symmetric: the mean of both directions. The other rows of the batch are the negatives. The similarities of a size,
+    batch x batch, are dropped and computed again in the backward pass.
 
     Args:
         u: embeddings of one side (images, say).
@@ -228,6 +230,7 @@ def nested_contrastive(
         nesting: sizes, the last one dim.
         temperature: divides the cosines; one for all sizes.
         importance: c_m; None: all 1.
+        normalize: False: scalar products of the prefixes as they are, for a baseline without cosines.
 
     Raises:
         ValueError: a nesting that does not rise to dim; an importance of another length or below 0; a temperature
@@ -238,11 +241,15 @@ def nested_contrastive(
     if not isinstance(temperature, jax.core.Tracer) and not temperature > 0:
         raise ValueError(f"temperature must be above 0, got {temperature}")
     pairs = jnp.arange(u.shape[0])
-    losses = []
-    for m in sizes:
-        cosines = jnp.matmul(truncate(u, m), truncate(v, m).T, precision="highest") / temperature
-        losses.append(jnp.mean(cross_entropy(cosines, pairs) + cross_entropy(cosines.T, pairs)) / 2)
-    return jnp.dot(weights.astype(losses[0].dtype), jnp.stack(losses))
+
+    @partial(jax.checkpoint, static_argnums=2)
+    def loss_at(u: Array, v: Array, m: int) -> Array:
+        products = jnp.matmul(truncate(u, m, normalize), truncate(v, m, normalize).T, precision="highest")
+        scores = products / temperature
+        return jnp.mean(cross_entropy(scores, pairs) + cross_entropy(scores.T, pairs)) / 2
+
+    losses = jnp.stack([loss_at(jnp.asarray(u), jnp.asarray(v), m) for m in sizes])
+    return jnp.dot(weights.astype(losses.dtype), losses)
 
 
 def nested_mlm_logits(

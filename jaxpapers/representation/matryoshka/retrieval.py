@@ -6,6 +6,7 @@ by a prefix reads the prefixes of its rows.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -69,13 +70,14 @@ def sharded_search(
     *,
     axis: str = "data",
     dim: int | None = None,
+    valid: int | None = None,
     block: int = BLOCK,
     query_block: int = QUERY_BLOCK,
 ) -> Int[Array, "queries k"]:
     """`exact_search` in a database whose rows are split over the devices of a mesh axis.
 
     Each device searches its rows; the lists, not the rows, are exchanged and merged. Rows that the devices do not
-    divide are padded, which copies them: better give a database that they divide.
+    divide are padded, which copies them: better give a database that was filled up to what they divide, and `valid`.
 
     Args:
         queries: embeddings, whole on every device.
@@ -84,21 +86,19 @@ def sharded_search(
         mesh: the devices.
         axis: of the mesh.
         dim: size of the prefixes that are compared; None: the whole embeddings.
+        valid: number of the rows that are items, the first ones; None: all.
         block: rows of the database in a block.
         query_block: queries in a block; lists of so many are exchanged at once.
 
     Raises:
-        ValueError: as `exact_search`; a mesh without the axis.
+        ValueError: as `exact_search`; a mesh without the axis; more valid rows than there are.
     """
-    if axis not in mesh.shape:
-        raise ValueError(f"the mesh has the axes {tuple(mesh.shape)}, not {axis!r}")
     items, width = database.shape
+    if valid is not None and not 1 <= valid <= items:
+        raise ValueError(f"valid must be between 1 and the {items} rows of the database, got {valid}")
+    items = items if valid is None else valid
     dim = _check_search(items, width, k, dim, block, query_block)
-    shards = mesh.shape[axis]
-    rows = -(-items // shards)
-    padded = jnp.asarray(database)
-    if items % shards:
-        padded = jnp.pad(padded, ((0, rows * shards - items), (0, 0)))
+    padded, rows = _split_rows(database, mesh, axis)
     local_k = min(k, rows)
 
     def local(queries: Array, part: Array) -> Array:
@@ -116,6 +116,16 @@ def sharded_search(
     specs = (PartitionSpec(), PartitionSpec(axis))
     shard = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(), check_vma=False)
     return shard(truncate(queries, dim), padded)
+
+
+def _split_rows(database: AnyArray, mesh: Mesh, axis: str) -> tuple[Array, int]:
+    """The database, filled up with zeros to what the devices of an axis divide, and the rows that each has."""
+    if axis not in mesh.shape:
+        raise ValueError(f"the mesh has the axes {tuple(mesh.shape)}, not {axis!r}")
+    items, shards = database.shape[0], mesh.shape[axis]
+    rows = -(-items // shards)
+    padded = jnp.asarray(database)
+    return jnp.pad(padded, ((0, rows * shards - items), (0, 0))) if items % shards else padded, rows
 
 
 def _check_search(items: int, width: int, k: int, dim: int | None, block: int, query_block: int) -> int:
@@ -183,6 +193,8 @@ def rerank(
     database: Float[AnyArray, "items dim"],
     dim: int,
     *,
+    mesh: Mesh | None = None,
+    axis: str = "data",
     query_block: int = QUERY_BLOCK,
 ) -> Int[Array, "queries k"]:
     """The lists in the order of the similarity at another size (adaptive retrieval, Sec. 4.3.1); same members.
@@ -192,28 +204,52 @@ def rerank(
         queries: embeddings.
         database: embeddings.
         dim: size of the prefixes that are compared.
+        mesh: devices over which the rows of the database are split; each compares those listed rows that it has, and
+            the similarities, not the rows, are exchanged. None: the database is whole.
+        axis: of the mesh.
         query_block: queries whose listed rows are held at once.
 
     Raises:
-        ValueError: a size outside of 1..d; neighbours that are no rows of the database.
+        ValueError: a size outside of 1..d; neighbours that are no rows of the database; a mesh without the axis.
     """
     check_size(dim, database.shape[1])
     if query_block < 1:
         raise ValueError(f"query_block must be at least 1, got {query_block}")
     _check_neighbors(neighbors, database.shape[0])
-    database = jnp.asarray(database)
     exact = jnp.promote_types(jnp.result_type(queries, database), jnp.float32)
-
-    def reorder(one: tuple[Array, Array]) -> Array:
-        query, listed = one
-        # Slices of the wanted width: whole rows, cut afterwards, would read the full embeddings.
-        rows = jax.vmap(lambda row: lax.dynamic_slice(database, (row, 0 * row), (1, dim))[0])(listed)
-        products = jnp.matmul(rows, query, precision="highest", preferred_element_type=exact)
-        distance = -products * inverse_norm(rows).astype(exact)
-        return lax.sort((distance, listed), num_keys=2)[1]
-
     size = -(-queries.shape[0] // -(-queries.shape[0] // query_block))  # as even as they can be
-    return lax.map(reorder, (truncate(queries, dim), jnp.asarray(neighbors)), batch_size=size)
+
+    def distance_to(part: Array, query: Array, listed: Array) -> Array:
+        # Slices of the wanted width: whole rows, cut afterwards, would read the full embeddings.
+        rows = jax.vmap(lambda row: lax.dynamic_slice(part, (row, 0 * row), (1, dim))[0])(listed)
+        products = jnp.matmul(rows, query, precision="highest", preferred_element_type=exact)
+        return -products * inverse_norm(rows).astype(exact)
+
+    def in_order(queries: Array, neighbors: Array, distance: Callable[[Array, Array], Array]) -> Array:
+        def reorder(one: tuple[Array, Array]) -> Array:
+            query, listed = one
+            return lax.sort((distance(query, listed), listed), num_keys=2)[1]
+
+        return lax.map(reorder, (queries, neighbors), batch_size=size)
+
+    queries, neighbors = truncate(queries, dim), jnp.asarray(neighbors)
+    if mesh is None:
+        return in_order(queries, neighbors, partial(distance_to, jnp.asarray(database)))
+    padded, rows = _split_rows(database, mesh, axis)
+
+    def local(queries: Array, neighbors: Array, part: Array) -> Array:
+        first = lax.axis_index(axis) * rows
+
+        def distance(query: Array, listed: Array) -> Array:
+            place = listed - first
+            own = (place >= 0) & (place < rows)
+            return lax.psum(jnp.where(own, distance_to(part, query, jnp.where(own, place, 0)), 0), axis)
+
+        return in_order(queries, neighbors, distance)
+
+    specs = (PartitionSpec(), PartitionSpec(), PartitionSpec(axis))
+    shard = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(), check_vma=False)
+    return shard(queries, neighbors, padded)
 
 
 def funnel(
@@ -223,6 +259,8 @@ def funnel(
     dims: Sequence[int],
     lengths: Sequence[int],
     *,
+    mesh: Mesh | None = None,
+    axis: str = "data",
     query_block: int = QUERY_BLOCK,
 ) -> Int[Array, "queries last"]:
     """Funnel retrieval (Sec. 4.3.1): for every stage (D_i, K_i), keep the first K_i and order these at size D_i.
@@ -233,6 +271,8 @@ def funnel(
         database: embeddings.
         dims: D_i.
         lengths: K_i, not growing; the last one is the length of the result.
+        mesh: see `rerank`.
+        axis: see `rerank`.
         query_block: see `rerank`.
 
     Raises:
@@ -241,7 +281,8 @@ def funnel(
     """
     check_funnel(dims, lengths, database.shape[1], neighbors.shape[1])
     for dim, length in zip(dims, lengths, strict=True):
-        neighbors = rerank(neighbors[:, :length], queries, database, dim, query_block=query_block)
+        listed = neighbors[:, :length]
+        neighbors = rerank(listed, queries, database, dim, mesh=mesh, axis=axis, query_block=query_block)
     return jnp.asarray(neighbors)
 
 

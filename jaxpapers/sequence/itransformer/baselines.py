@@ -236,7 +236,8 @@ class VanillaTransformer(nn.Module):
     """The Transformer that is inverted: encoder and decoder on tokens of time steps (Table 2, "Original").
 
     Its decoder sees the last known steps and zeros in the place of those to come, and always has full attention. With
-    attention="probsparse" and `distil` the encoder is Informer's. The authors' Reformer has no decoder.
+    attention="probsparse" and `distil` the encoder is Informer's, whose own decoder has ProbSparse self-attention, too.
+    The authors' Reformer has no decoder.
 
     Attributes:
         pred_len: S, steps of the forecast.

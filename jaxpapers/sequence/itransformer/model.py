@@ -22,13 +22,13 @@ from jaxpapers.nn.attention import (
 )
 from jaxpapers.nn.encoder import LAYER_NORM_EPSILON, EncoderMLP, MultiHeadAttention, gelu
 from jaxpapers.nn.initializers import torch_dense
+from jaxpapers.nn.resnet import EPSILON, MOMENTUM
 
 AnyArray = Array | np.ndarray
 
 ATTENTIONS = ("full", "flash", "flow", "probsparse", "lsh")
 COMPONENTS = ("attention", "ffn", "none")
-# PyTorch's momentum 0.1 is the share of the new.
-torch_batch_norm = partial(nn.BatchNorm, momentum=0.9, epsilon=1e-5)
+torch_batch_norm = partial(nn.BatchNorm, momentum=MOMENTUM, epsilon=EPSILON)
 
 
 class Stats(NamedTuple):
