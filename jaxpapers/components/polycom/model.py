@@ -229,7 +229,8 @@ class TransformerLM(nn.Module):
             "attention_chunk": self.attention_chunk,
         }
         self.embed = nn.Embed(self.vocab_size, self.width, embedding_init=kernel_init, dtype=self.dtype)
-        self.blocks = Stack(TransformerBlock, self.num_layers, options, remat=self.remat, scan=self.scan)
+        placed = None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec("data"))
+        self.blocks = Stack(TransformerBlock, self.num_layers, options, self.remat, self.scan, placed)
         self.norm = nn.RMSNorm(NORM_EPSILON, dtype=self.dtype)
         self.head = nn.Dense(self.vocab_size, use_bias=False, kernel_init=kernel_init, dtype=self.dtype)
 
@@ -261,10 +262,7 @@ class TransformerLM(nn.Module):
             ValueError: as the whole model.
         """
         shared = (jnp.asarray(mask),) if mask is not None and self.num_experts else ()
-        x = self.embed(tokens)
-        if self.mesh is not None:
-            x = lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec("data")))
-        return self.norm(self.blocks(x, *shared))
+        return self.norm(self.blocks(self.embed(tokens), *shared))
 
     def logits(self, states: Float[Array, "*batch width"]) -> Float[Array, "*batch vocab"]:
         """The head: logits of states, in float32 at least."""
