@@ -19,7 +19,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from experiments.harness import Run
-from experiments.perception._adafortitran_dropout import mask_key
 from jaxpapers.data import tdl
 from jaxpapers.perception.adafortitran import (
     AdaFortiTran,
@@ -212,7 +211,6 @@ def set_up(
     probe = (1, len(pilots.rows), len(pilots.columns))
     seeds = jax.random.split(jax.random.key(config.seed), config.num_seeds)
     init_keys, data_keys, keys = jnp.moveaxis(jax.vmap(lambda key: jax.random.split(key, 3))(seeds), 1, 0)
-    keys = mask_key(keys)
 
     def init(key: Array) -> Any:
         return model.init(key, jnp.zeros(probe, jnp.complex64), jnp.zeros((1, 3)))["params"]

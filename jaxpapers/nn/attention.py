@@ -19,6 +19,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from jaxpapers.nn.dropout import keep_mask
 from jaxpapers.nn.initializers import torch_dense
 
 AnyArray = Array | np.ndarray
@@ -66,11 +67,22 @@ def full_attention(
         mask: False where a query must not see a key; a query needs one key at least.
         dropout_rate: share of the weights that are set to zero, the others grow accordingly.
     """
-    weights = attention_weights(q, k, mask).astype(v.dtype)
+    batch, _, heads, head_dim = q.shape
+    exact = jnp.promote_types(q.dtype, jnp.float32)
+    # Heads beside the batch make plain products of both contractions, and the softmax's sum divides the result, not the
+    # weights, which are many more numbers.
+    q, k, v = (jnp.moveaxis(jnp.asarray(x), 2, 1).reshape(batch * heads, -1, x.shape[-1]) for x in (q, k, v))
+    logits = jnp.einsum("nqd,nkd->nqk", q, k, preferred_element_type=exact) * head_dim**-0.5
+    if mask is not None:
+        logits = jnp.where(mask, logits, -jnp.inf)
+    # Whatever is subtracted cancels: no derivative goes through it.
+    weights = jnp.exp(logits - lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True)))
+    total = jnp.sum(weights, axis=-1, keepdims=True)
     if key is not None and dropout_rate:
-        kept = jax.random.bernoulli(key, 1 - dropout_rate, weights.shape)
-        weights = jnp.where(kept, weights / (1 - dropout_rate), 0)
-    return jnp.einsum("bhqk,bkhd->bqhd", weights, v)
+        weights = jnp.where(keep_mask(key, dropout_rate, weights.shape), weights, 0)
+        total = total * (1 - dropout_rate)
+    out = jnp.einsum("nqk,nkd->nqd", weights.astype(v.dtype), v, preferred_element_type=exact) / total
+    return jnp.moveaxis(out.reshape(batch, heads, *out.shape[1:]), 1, 2).astype(v.dtype)
 
 
 def flash_attention(

@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jaxpapers.nn.attention import AttentionFunction, attention_weights, full_attention
+from jaxpapers.nn.dropout import Dropout
 from jaxpapers.nn.initializers import torch_dense
 
 LAYER_NORM_EPSILON = 1e-5  # PyTorch's; flax has 1e-6
@@ -125,7 +126,7 @@ class EncoderBlock(nn.Module):
         )
         for name, branch in branches:
             norm = nn.LayerNorm(self.epsilon, dtype=self.dtype, name=name)
-            drop = nn.Dropout(self.dropout_rate, deterministic=deterministic)
+            drop = Dropout(self.dropout_rate, deterministic)
             x = norm(x + drop(branch(x))) if self.norm == "post" else x + drop(branch(norm(x)))
         return x
 
@@ -149,5 +150,5 @@ class EncoderMLP(nn.Module):
     def __call__(self, x: Float[Array, "*batch width"], deterministic: bool = True) -> Float[Array, "*batch width"]:
         """Applies both layers."""
         hidden = self.activation(torch_dense(self.hidden, x.shape[-1], dtype=self.dtype, name="up")(x))
-        hidden = nn.Dropout(self.dropout_rate, deterministic=deterministic)(hidden)
+        hidden = Dropout(self.dropout_rate, deterministic)(hidden)
         return torch_dense(x.shape[-1], self.hidden, dtype=self.dtype, name="down")(hidden)

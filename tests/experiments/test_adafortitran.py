@@ -14,7 +14,6 @@ from experiments.harness import check_claims
 from experiments.perception import _adafortitran_scores as scores
 from experiments.perception import _adafortitran_training as training
 from experiments.perception import adafortitran as experiment
-from experiments.perception._adafortitran_dropout import mask_key
 from jaxpapers.perception.adafortitran import complex_mse
 from jaxpapers.train import abstractly, make_mesh
 
@@ -347,32 +346,6 @@ def test_validation_is_that_of_a_loop(smoke):
             parts = [part.reshape(-1) @ kernel + bias for part in (ls.real, ls.imag)]
             errors.append(np.abs(h - (parts[0] + 1j * parts[1]).reshape(12, 14)) ** 2)
     np.testing.assert_allclose(found, np.mean(errors), rtol=1e-5)
-
-
-def test_masks_of_dropout_are_without_a_pattern():
-    keys = mask_key(jax.random.split(jax.random.key(0), 16))
-    draw = jax.jit(lambda key: jax.random.bernoulli(key, 0.9, (256, 256)))
-    masks = np.asarray(jax.vmap(draw)(keys)).astype(float)
-    np.testing.assert_array_equal(masks[3], draw(keys[3]))
-    np.testing.assert_allclose(masks.mean(axis=(1, 2)), 0.9, atol=5 * 0.3 / 256)  # five standard errors each
-    flat = (masks - 0.9).reshape(16, -1) / 0.3
-    products = [flat[:, shift:] * flat[:, : flat.shape[1] - shift] for shift in (1, 2, 7, 56, 64, 256, 4096)]
-    products += [flat[:-1] * flat[1:]]
-    for product in products:
-        assert abs(product.mean()) < 5 / np.sqrt(product.size)
-    bits = np.asarray(jax.random.bits(keys[0], (4096,)))
-    shares = [np.mean(bits >> place & 1) for place in range(32)]
-    np.testing.assert_allclose(shares, 0.5, atol=5 * 0.5 / 64)
-    assert len(set(bits.tolist())) > 4090
-    with pytest.raises(ValueError, match="32 bits, not 8"):
-        jax.random.bits(keys[0], (4,), np.uint8)
-
-
-def test_keys_of_masks_split_and_fold_as_threefrys_do():
-    key = jax.random.key(5)
-    for function in (jax.random.split, lambda key: jax.random.fold_in(key, 7)):
-        found, expected = (jax.random.key_data(function(each)) for each in (mask_key(key), key))
-        np.testing.assert_array_equal(found, expected)
 
 
 def test_models_see_the_same_slots_in_the_same_order(smoke):

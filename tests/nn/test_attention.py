@@ -19,6 +19,7 @@ from jaxpapers.nn.attention import (
     lsh_attention,
     probsparse_attention,
 )
+from jaxpapers.nn.dropout import keep_mask
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "itransformer"
 ATOL = 2e-5  # of the card: float32 on both sides
@@ -103,6 +104,25 @@ def test_dropout_of_the_weights():
     np.testing.assert_allclose(once[kept], plain[kept] / 0.75, rtol=1e-6)
     # A share of n = 1232 draws: four standard deviations.
     assert abs(kept.mean() - 0.75) < 4 * np.sqrt(0.75 * 0.25 / kept.size)
+
+
+def test_gradients_are_those_of_the_plain_formula_whatever_is_dropped_or_masked():
+    q, k, v = (x.astype(np.float64) for x in draw(2))
+    mask = np.arange(KEYS) <= np.arange(QUERIES)[:, None] + 2
+    key = jax.random.key(3)
+
+    def plain(q, k, v):
+        kept = keep_mask(key, 0.25, (BATCH * HEADS, QUERIES, KEYS)).reshape(BATCH, HEADS, QUERIES, KEYS)
+        dropped = jnp.where(kept, attention_weights(q, k, mask) / 0.75, 0)
+        return jnp.einsum("bhqk,bkhd->bqhd", dropped, v)
+
+    def gradients(attend):
+        return jax.jit(jax.grad(lambda *x: jnp.sum(jnp.sin(attend(*x))), (0, 1, 2)))(q, k, v)
+
+    with jax.enable_x64(True):
+        ours = partial(full_attention, key=key, mask=mask, dropout_rate=0.25)
+        for found, expected in zip(gradients(ours), gradients(plain), strict=True):
+            np.testing.assert_allclose(found, expected, atol=1e-12)
 
 
 @pytest.mark.parametrize("block_size", [1, 5, 32])

@@ -8,11 +8,9 @@ import numpy as np
 import pytest
 import scipy.interpolate
 
-from jaxpapers.nn.attention import full_attention
 from jaxpapers.nn.patches import patchify, unpatchify
 from jaxpapers.perception import adafortitran as ada
 from jaxpapers.perception.adafortitran import convolution
-from jaxpapers.perception.adafortitran.attention import attention
 from jaxpapers.perception.adafortitran.rivals import BidirectionalGRU
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "adafortitran"
@@ -216,25 +214,6 @@ def test_convolutions_by_shifts_are_convolutions():
     kernel, bias = (np.asarray(part) for part in layers[0])
     cell = np.einsum("bij,ijo->bo", padded[:, 2:5, 1:4], kernel[:, :, 0]) + bias
     np.testing.assert_allclose(convolution.by_shifts(x, layers[:1])[:, 2, 1], cell, atol=1e-5)
-
-
-@pytest.mark.parametrize("rate", [0.0, 0.4])
-def test_attention_is_that_of_all_papers(rate):
-    # Dropout draws the same numbers for heads that lie in the batch.
-    x = 3 * jax.random.normal(jax.random.key(0), (3, 2, 5, 2, 4))
-
-    def value_and_gradient(attend):
-        def total(x):
-            found = attend(*x, key=jax.random.key(1), dropout_rate=rate)
-            return jnp.sum(jnp.sin(found)), found
-
-        return jax.jit(jax.value_and_grad(total, has_aux=True))(x)
-
-    found, expected = (value_and_gradient(f) for f in (attention, full_attention))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), found, expected)  # float32, logits to 20
-    half = attention(*x.astype(jnp.bfloat16))
-    assert half.dtype == jnp.bfloat16
-    np.testing.assert_allclose(half.astype(jnp.float32), full_attention(*x), atol=0.1)  # 8 bits, logits up to 20
 
 
 def pilots(seed, count=5):

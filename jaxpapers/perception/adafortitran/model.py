@@ -10,10 +10,10 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Complex, Float
 
+from jaxpapers.nn.attention import full_attention
 from jaxpapers.nn.encoder import EncoderBlock
 from jaxpapers.nn.initializers import torch_dense
 from jaxpapers.nn.patches import patchify, require_divisible, unpatchify
-from jaxpapers.perception.adafortitran.attention import attention
 from jaxpapers.perception.adafortitran.convolution import Convolutions
 
 AnyArray = Array | np.ndarray
@@ -137,7 +137,7 @@ class PatchEncoder(nn.Module):
                 self.num_heads,
                 2 * self.width,
                 self.norm,
-                attention=partial(attention, dropout_rate=self.dropout_rate),
+                attention=partial(full_attention, dropout_rate=self.dropout_rate),
                 packed=True,
                 dropout_rate=self.dropout_rate,
                 dtype=self.dtype,

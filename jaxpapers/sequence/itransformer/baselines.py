@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxpapers.nn.attention import AttentionFunction, full_attention
+from jaxpapers.nn.dropout import Dropout
 from jaxpapers.nn.encoder import LAYER_NORM_EPSILON, EncoderMLP, MultiHeadAttention, gelu
 from jaxpapers.nn.initializers import torch_default_bias_init, torch_default_kernel_init, torch_dense
 from jaxpapers.sequence.itransformer.model import (
@@ -69,7 +70,7 @@ class TimeEmbedding(nn.Module):
         if marks is not None:
             dense = torch_dense(self.width, marks.shape[-1], use_bias=False, dtype=self.dtype, name="marks")
             h = h + dense(jnp.asarray(marks))
-        return nn.Dropout(self.dropout_rate, deterministic=deterministic)(h)
+        return Dropout(self.dropout_rate, deterministic)(h)
 
 
 def sinusoidal_positions(steps: int, width: int) -> Float[np.ndarray, "steps width"]:
@@ -227,7 +228,7 @@ class DecoderBlock(nn.Module):
             ("mlp_norm", lambda x: mlp(x, deterministic)),
         )
         for name, branch in branches:
-            x = x + nn.Dropout(self.dropout_rate, deterministic=deterministic)(branch(x))
+            x = x + Dropout(self.dropout_rate, deterministic)(branch(x))
             x = nn.LayerNorm(LAYER_NORM_EPSILON, dtype=self.dtype, name=name)(x)
         return x
 
@@ -447,7 +448,7 @@ class PatchTST(nn.Module):
         h = patches(fold_variates(x), self.patch_len, self.stride)
         h = torch_dense(self.d_model, self.patch_len, dtype=self.dtype, name="embedding")(h)
         h = h + self.param("positions", _positions, h.shape[1:]).astype(h.dtype)
-        h = nn.Dropout(self.dropout_rate, deterministic=deterministic)(h)
+        h = Dropout(self.dropout_rate, deterministic)(h)
         for layer in range(self.num_layers):
             block = Block(
                 self.num_heads,

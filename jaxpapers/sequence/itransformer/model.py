@@ -20,6 +20,7 @@ from jaxpapers.nn.attention import (
     full_attention,
     probsparse_attention,
 )
+from jaxpapers.nn.dropout import Dropout
 from jaxpapers.nn.encoder import LAYER_NORM_EPSILON, EncoderMLP, MultiHeadAttention, gelu
 from jaxpapers.nn.initializers import torch_dense
 from jaxpapers.nn.resnet import EPSILON, MOMENTUM
@@ -171,7 +172,7 @@ class Block(nn.Module):
                 continue
             make = self._attention if component == "attention" else self._feed_forward
             branch = make(x, axis, deterministic)
-            x = x + nn.Dropout(self.dropout_rate, deterministic=deterministic)(branch)
+            x = x + Dropout(self.dropout_rate, deterministic)(branch)
             name = f"{axis}_norm"
             if self.batch_norm:
                 x = torch_batch_norm(deterministic, dtype=self.dtype, name=name)(x)
@@ -300,7 +301,7 @@ class ITransformer(nn.Module):
             x, stats = instance_norm(x)
         tokens = x if marks is None else jnp.concatenate([x, jnp.asarray(marks, x.dtype)], axis=2)
         h = torch_dense(self.d_model, time, dtype=self.dtype, name="embedding")(tokens.swapaxes(1, 2))
-        h = nn.Dropout(self.dropout_rate, deterministic=deterministic)(h)
+        h = Dropout(self.dropout_rate, deterministic)(h)
         encoder = InvertedEncoder(
             self.num_layers,
             self.num_heads,
