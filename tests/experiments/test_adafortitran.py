@@ -145,14 +145,14 @@ def test_the_smoke_run(tmp_path, monkeypatch, capsys):
     assert cli.main(["run", "adafortitran:smoke", f"--workdir={tmp_path / 'run'}"]) == 0
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     drawn = {path.stem for path in (tmp_path / "run" / "figures").iterdir()}
-    assert drawn == {"closed_forms", "sweeps", "curves", "slot_fixed", "slot_fresh", "density"}
+    assert drawn == {"closed_forms", "sweeps", "curves", "slot_fixed", "density"}
     metrics = results["metrics"]
     for stage, names in results["config"]["stages"].items():
         for name in (*names, "bilinear", "pooled", "sample", "matched"):
             assert np.shape(metrics[f"{stage}/{name}/db"]) == (1, 17)
             assert np.isfinite(metrics[f"{stage}/{name}/db"]).all()
         assert "bound" in (tmp_path / "run" / f"{stage}.txt").read_text()
-    for name in ("adafortitran", "linear", "pooled", "matched", "bound"):
+    for name in ("linear", "pooled", "matched", "bound"):
         assert np.isfinite(metrics[f"mismatch/TDL-B/{name}/mean"]).all()
     assert metrics["mismatch/TDL-B/bound/mean"] != metrics["bound/mean"]
     assert metrics["density/6/bound/db"] > metrics["bound/db"][1] == metrics["density/3/bound/db"]  # half the pilots
