@@ -90,12 +90,16 @@ def draw_retrieval(metrics: Metrics, name: str, config: ConfigDict) -> Figure:
             )
         for index, (key, way) in enumerate(ways_of(recipe).items()):
             x, y = (np.mean(metrics[f"{name}/retrieval/{key}/{of}"]) for of in ("mflops", what))
-            adaptive = index < len(recipe.adaptive)
-            shade, marker = figures.COLOURS[1 if adaptive else 2], "s" if adaptive else "^"
-            ax.plot(x, y, marker, color=shade, markersize=7, markerfacecolor="none", markeredgewidth=1.5)
-            ax.annotate(way.label, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=7, color=shade)
+            shade = figures.COLOURS[1 + index % (len(figures.COLOURS) - 1)]
+            marker = "s" if index < len(recipe.adaptive) else "^"
+            hollow = {"markersize": 7, "markerfacecolor": "none", "markeredgewidth": 1.5, "linestyle": "none"}
+            ax.plot(x, y, marker=marker, color=shade, label=way.label, **hollow)
         ax.set_xscale("log")
-        ax.set(xlabel="MFLOPs a query", title=title)
+        # The smallest size, far below the others, would leave these in one line.
+        low, high = values.mean(axis=1)[min(1, len(known) - 1)], values.max()
+        ax.set(
+            xlabel="MFLOPs a query", title=title, ylim=(low - 0.1 * (high - low) - 0.1, high + 0.1 * (high - low) + 0.1)
+        )
     axes[0].legend(fontsize=8, loc="lower right")
     return figure
 
