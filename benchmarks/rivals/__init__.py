@@ -22,6 +22,7 @@ import optax
 from jaxpapers.train import LossFn, create_state, jit_once, make_train_step
 
 Arrays = Mapping[str, np.ndarray]
+AGREEMENT = 1e-3  # float32, summed in another order through a few dozen layers; a wrong formula is off by far more
 
 
 class Rival(NamedTuple):
@@ -32,11 +33,13 @@ class Rival(NamedTuple):
         theirs: likewise, PyTorch's.
         gradients: `() -> (ours, theirs)`, each (loss, gradients in our layout), with nothing dropped and with the
             batch's own statistics in BatchNorm.
+        agreement: by how much a gradient may differ, of its norm.
     """
 
     ours: Callable[[], Any]
     theirs: Callable[[], float]
     gradients: Callable[[], tuple[tuple, tuple]]
+    agreement: float
 
 
 class Training:
@@ -67,6 +70,7 @@ def pair(
     *,
     extra: Any = None,
     clip_norm: float | None = None,
+    agreement: float = AGREEMENT,
 ) -> Rival:
     """The two sides of a comparison.
 
@@ -81,12 +85,13 @@ def pair(
         batch: for `our_loss`.
         extra: for `our_loss`.
         clip_norm: of their gradients.
+        agreement: as of `Rival`.
     """
 
     def by_name(value: Callable[[Any], Any]) -> Any:
         # Copies: jax may take the memory of an array as it is, and PyTorch updates in place.
         arrays = {name: value(each).numpy().copy() for name, each in model.named_parameters()}
-        return jax.tree.map(jnp.array, convert(arrays))
+        return jax.tree.map(jnp.asarray, convert(arrays))
 
     params = by_name(lambda parameter: parameter.detach())
     our_gradient = jit_once(jax.value_and_grad(our_loss, has_aux=True))
@@ -114,4 +119,4 @@ def pair(
         model.train()
         return (ours, slopes), (theirs, by_name(lambda parameter: parameter.grad))
 
-    return Rival(Training(our_loss, our_optimizer, params, extra, batch), update, gradients)
+    return Rival(Training(our_loss, our_optimizer, params, extra, batch), update, gradients, agreement)

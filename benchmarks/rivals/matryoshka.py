@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.rivals import Arrays, Rival, pair
-from jaxpapers.nn.resnet import ResNet18
+from benchmarks.rivals import AGREEMENT, Arrays, Rival, pair
+from jaxpapers.nn.resnet import ResNet18, variables_from_torch
 from jaxpapers.representation.matryoshka import NestedHead, SlimmableMLP, nested_cross_entropy, params_from_torch
 from jaxpapers.train import make_optimizer
 
@@ -16,6 +16,9 @@ POINTS = {
     "ResNet18, 32 x 32": {"resnet": True, "batch": 32, "nesting": (8, 16, 32, 64, 128, 256, 512)},
 }
 RATE, DECAY, SMOOTHING = 3e-3, 1e-2, 0.1
+# In float64 the ResNets agree to 2e-14. In float32 some of the millions of units before a ReLU lie within rounding of
+# its kink, fall on different sides, and move the gradients of the layers before by up to 1%.
+RESNET_AGREEMENT = 3e-2
 
 
 def make(
@@ -29,7 +32,7 @@ def make(
     hidden: tuple[int, ...] = (512, 512),
     side: int = 32,
 ) -> Rival:
-    """The heads have the names of the authors' code; the encoders, a ResNet with torchvision's, are mapped here."""
+    """The heads have the names of the authors' code, the ResNet torchvision's; the perceptron is mapped here."""
     nn = torch.nn
     torch.manual_seed(0)
     width = nesting[-1]
@@ -68,8 +71,8 @@ def make(
         for name, value in arrays.items():
             part, _, rest = name.partition(".")
             parts[part][rest] = value
-        encoder = resnet_from_torch if resnet else mlp_from_torch
-        return {"encoder": encoder(parts["encoder"]), "head": params_from_torch(parts["head"])}
+        encoder = variables_from_torch(parts["encoder"])["params"] if resnet else mlp_from_torch(parts["encoder"])
+        return {"encoder": encoder, "head": params_from_torch(parts["head"])}
 
     shapes = jax.eval_shape(ours.init, jax.random.key(0), x)["batch_stats"]
     return pair(
@@ -82,6 +85,7 @@ def make(
         make_optimizer("adamw", RATE, weight_decay=DECAY),
         {"image": jnp.asarray(x), "label": jnp.asarray(labels, jnp.int32)},
         extra=jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), shapes),  # training does not read them
+        agreement=RESNET_AGREEMENT if resnet else AGREEMENT,
     )
 
 
@@ -146,20 +150,3 @@ def their_resnet(nn: Any, features: int) -> Any:
             return x.mean((2, 3))
 
     return ResNet()
-
-
-def resnet_from_torch(arrays: Arrays) -> dict[str, Any]:
-    """Parameters of our `ResNet`."""
-    params: dict[str, Any] = {}
-    for name, value in arrays.items():
-        name = name.replace("downsample.0", "shortcut").replace("downsample.1", "shortcut_norm")
-        *block, layer, kind = name.split(".")
-        node = params
-        if block:
-            node = node.setdefault(f"stage{int(block[0][-1]) - 1}_block{block[1]}", {})
-        if layer[-1].isdigit():  # conv1, bn1, ..., of a block from 0 on here
-            place = f"{'conv' if value.ndim > 1 else 'norm'}{int(layer[-1]) - 1}" if block else None
-            layer = place or ("stem" if value.ndim > 1 else "stem_norm")
-        leaf = "bias" if kind == "bias" else "kernel" if value.ndim > 1 else "scale"
-        node.setdefault(layer, {})[leaf] = value.transpose(2, 3, 1, 0) if value.ndim > 1 else value
-    return params
