@@ -8,20 +8,26 @@ alike   from the variate's window and the mean of all windows, by the same two m
         that weighs all variates alike can do, without knowing who is who
 all     from the windows of all variates, with all weights and delays known: the bound of everything
 
-The recipe of `get_config` was chosen by these, not by trained models: among others that were looked at, S = T = 96,
-N = 64, J = 8, delays 0..12, noise 0.1, r = 0.998, the weights of seed 0,
+The recipe of `get_config` was chosen by these: S = T = 96, N = 64, J = 8, delays 0..12, noise 0.1, the delays of seed 0,
 
-| periods | amplitude | spread | own | alike | all | all / own |
-|---|---|---|---|---|---|---|
-| 48..96 (taken) | 0.3 | 0.3 | 0.607 | 0.564 | 0.263 | 0.43 |
-| 24..96 | 0.3 | 0.5 | 0.668 | 0.684 | 0.259 | 0.39 |
-| 24..96 | 1.0 | 0.5 | 0.603 | 0.622 | 0.173 | 0.29 |
-| 32..96 | 1.0 | 0.5 | 0.627 | 0.643 | 0.173 | 0.28 |
-| 96..192 | 0.3 | 0.3 | 0.450 | 0.398 | 0.264 | 0.59 |
+| periods | r | amplitude | spread | own | alike | all | alike / own | all / own |
+|---|---|---|---|---|---|---|---|---|
+| 48..96 (taken) | 0.9995 | 0.3 | 0.0 | 0.512 | 0.446 | 0.151 | 0.87 | 0.29 |
+| 48..96 | 0.9995 | 0.3 | 0.3 | 0.499 | 0.449 | 0.150 | 0.90 | 0.30 |
+| 48..96 | 0.9995 | 0.1 | 0.0 | 0.798 | 0.722 | 0.539 | 0.90 | 0.67 |
+| 48..96 | 0.998 | 0.3 | 0.0 | 0.617 | 0.561 | 0.265 | 0.91 | 0.43 |
+| 48..96 | 0.998 | 0.3 | 0.3 | 0.607 | 0.564 | 0.263 | 0.93 | 0.43 |
+| 24..96 | 0.9995 | 0.3 | 0.0 | 0.630 | 0.573 | 0.150 | 0.91 | 0.24 |
+| 12..48 | 0.9995 | 0.3 | 0.0 | 0.347 | 0.303 | 0.147 | 0.87 | 0.42 |
 
-In the taken one other variates halve the error, the mean window alone is of some help already, and no period is longer
-than the window. Who hears what how late is the same in training and test, but tokens carry no names: a Transformer has
-to find it in the windows, so that `all` is out of its reach, and nothing says how near to it attention comes.
+In the taken one other variates are worth most: they take more than two thirds off the error, the mean window alone is of
+some help already, and no period is longer than the window. Two others were trained on before, one seed each: r = 0.998
+and a spread of 0.3 gave an MSE of .537 with attention and .620 without (4 epochs of 64,000 rows; with 8,000 rows all
+models learn them by heart), r = 0.9995 and 0.3 gave .403 and .505 (3 epochs). The further attention is trained, the
+larger the difference.
+
+Who hears what how late is the same in training and test, but tokens carry no names: a Transformer has to find it in the
+windows, so that `all` is out of its reach, and nothing says how near to it attention comes.
 """
 
 from typing import NamedTuple

@@ -96,13 +96,13 @@ def get_config(preset: str = "small") -> ConfigDict:
         "checkpoint_epochs": 5,
         "evaluate_batch": 128,
         "synthetic": {
-            "rows": 8_000,
+            "rows": 64_000,
             "variates": 64,
             "latents": 8,
             "amplitude": 0.3,
-            "spread": 0.3,
+            "spread": 0.0,
             "max_delay": 12,
-            "radius": 0.998,
+            "radius": 0.9995,
             "periods": (48.0, 96.0),
             "noise": 0.1,  # the choice of these numbers: see `_itransformer_linear`
         },
