@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from experiments.catalogue import require
-from experiments.components._polycom_tokens import Tokens, WindowBatches, known_tokens
+from experiments.components._polycom_tokens import Tokens
 from experiments.harness import Run
 from jaxpapers.components.polycom import (
     CONTEXT,
@@ -34,6 +34,7 @@ from jaxpapers.components.polycom import (
     weight_decay_mask,
 )
 from jaxpapers.data.text import sample_text_windows, text_windows
+from jaxpapers.data.tokens import TokenWindows, known_tokens
 from jaxpapers.train import (
     OnDevice,
     Rules,
@@ -453,7 +454,7 @@ def study_single(name: str, corpus: Tokens, config: ConfigDict, run: Run) -> dic
         f"lm_{name}",
         setup.state,
         setup.train_step,
-        WindowBatches(corpus.train, size.batch_size, window, size.vocab_size, config.seed, part),
+        TokenWindows(corpus.train, size.batch_size, window, size.vocab_size, config.seed, part),
         size.steps,
         key=jax.random.key(config.seed),
         steps_per_call=recipe.updates_per_call,

@@ -12,13 +12,11 @@ from rich.console import Console
 
 from experiments import cli
 from experiments.catalogue import UsageError
-from experiments.components import _polycom_tokens as tokens
 from experiments.components import _polycom_training as training
 from experiments.components import polycom as experiment
 from experiments.components._polycom_theory import analyse_approximation, analyse_overhead
 from experiments.harness import Run, check_claims
 from jaxpapers.components.polycom import DECAYS, SIZES, FeedForward, Size
-from jaxpapers.data.download import CorruptData, DataNotFound
 from jaxpapers.sequence.pararnn import ParaRNNLM, language_loss
 from jaxpapers.train import make_mesh, read_metrics
 
@@ -334,38 +332,6 @@ def test_what_fills_up_the_last_batch_of_an_evaluation_does_not_count(tiny):
     np.testing.assert_allclose(scores[1], ones[2]["cross_entropy"], rtol=1e-6)
     expected = np.mean([one["cross_entropy"] for one in ones])
     np.testing.assert_allclose(np.average(scores, weights=[2, 1]), expected, rtol=1e-6)
-
-
-def test_windows_of_token_ids_depend_on_the_step_alone_and_processes_share_them(tmp_path):
-    write_tokens(tmp_path / "tokens" / "x", vocab_size=11)
-    ids = tokens.map_tokens(tmp_path / "tokens" / "x", "train")
-    assert isinstance(ids, np.memmap)
-    whole = tokens.WindowBatches(ids, 6, 5, 11, seed=3)
-    parts = [tokens.WindowBatches(ids, 6, 5, 11, 3, (index, 2))[7] for index in (0, 1)]
-    np.testing.assert_array_equal(np.concatenate(parts), whole[7])
-    assert (whole[8] != whole[7]).any()
-    assert (np.diff(whole[7], axis=1) % 11 < 3).all()  # consecutive tokens
-    with pytest.raises(CorruptData, match="token ids from 0 to 10 do not fit a vocabulary of 10"):
-        tokens.WindowBatches(ids, 600, 5, 10, 3)[0]
-    with pytest.raises(ValueError, match="windows of 3001 tokens do not fit into a text of 3000"):
-        tokens.WindowBatches(ids, 6, 3_001, 11, 3)
-
-
-def test_files_that_hold_no_token_ids_are_refused(tmp_path):
-    folder = tmp_path
-    with pytest.raises(DataNotFound, match=r"has no train\.npy and no train\.bin\. No reader here downloads it"):
-        tokens.map_tokens(folder, "train")
-    (folder / "train.bin").write_bytes(b"abc")
-    with pytest.raises(CorruptData, match="has 3 bytes, which are no uint16 token ids"):
-        tokens.map_tokens(folder, "train")
-    for array in (np.zeros((2, 3), np.int32), np.zeros(3)):
-        np.save(folder / "train.npy", array)
-        with pytest.raises(CorruptData, match="must be token ids of one axis"):
-            tokens.map_tokens(folder, "train")
-    np.save(folder / "train.npy", np.zeros(100, np.int32))
-    (folder / "train.npy").write_bytes((folder / "train.npy").read_bytes()[:-4])
-    with pytest.raises(CorruptData, match=r"train\.npy cannot be read"):
-        tokens.map_tokens(folder, "train")
 
 
 def test_a_text_that_is_missing_leaves_its_stages_out(tiny, tmp_path, monkeypatch):
