@@ -75,6 +75,7 @@ def _command(argv: list[str]) -> int:
     planning = commands.add_parser("plan", help="compile for a pod on this machine", description=_PLAN_HELP)
     planning.add_argument("paper", metavar="SLUG[:PRESET]")
     planning.add_argument("--topology", required=True, help="v5e:16x16, v5p:4x4x4, v6e:16x16, cpu:8, ...")
+    planning.add_argument("--programs", default="", help="only those whose names contain this regular expression")
     planning.add_argument("--json", action="store_true", help="for machines")
     reporting = commands.add_parser("report", help="all results as Markdown and one HTML page")
     reporting.add_argument("folder", nargs="?", type=_folder, help="where the runs are; default runs/")
@@ -137,7 +138,13 @@ def _folder(text: str) -> Path:
 
 
 def _plan(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
-    plan = plan_experiment(arguments.paper, arguments.topology, _assignments(rest, ("--topology", "--json")))
+    plan = plan_experiment(
+        arguments.paper,
+        arguments.topology,
+        _assignments(rest, ("--topology", "--programs", "--json")),
+        arguments.programs,
+        lambda line: print(line, file=sys.stderr),
+    )
     if arguments.json:
         print(json.dumps(plan_json(plan), indent=1))
     else:

@@ -11,7 +11,8 @@ import math
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -119,13 +120,21 @@ class Plan(NamedTuple):
     programs: tuple[ProgramPlan, ...]
 
 
-def plan_experiment(target: str, topology: str, overrides: Sequence[str] = ()) -> Plan:
+def plan_experiment(
+    target: str,
+    topology: str,
+    overrides: Sequence[str] = (),
+    pattern: str = "",
+    say: Callable[[str], None] | None = None,
+) -> Plan:
     """Compiles an experiment's programs for a topology; takes no accelerator, and starts none.
 
     Args:
       target: `slug[:preset]` or `FILE[:preset]`.
       topology: `v5e:16x16`, `v5p:4x4x4`, `v6e:16x16`, `cpu:8`, ...
       overrides: `field=value` each.
+      pattern: a regular expression that is searched for in the names of the programs: those without are left out.
+      say: as of `plan_programs`.
 
     Raises:
       UsageError: something that was typed is wrong, or libtpu is missing.
@@ -134,6 +143,13 @@ def plan_experiment(target: str, topology: str, overrides: Sequence[str] = ()) -
     config = configure(slug, preset, overrides)
     devices, chip = topology_devices(topology)
     mesh = mesh_of(config, devices)
+    programs = load(slug).programs(config, mesh)
+    try:
+        chosen = {name: program for name, program in programs.items() if re.search(pattern, name)}
+    except re.error as error:
+        raise UsageError(f"--programs {pattern!r} is no regular expression: {error}") from None
+    if not chosen:
+        raise UsageError(f"--programs {pattern!r} is in none of the names: {', '.join(programs)}")
     return Plan(
         f"{slug}:{preset}",
         topology,
@@ -141,7 +157,7 @@ def plan_experiment(target: str, topology: str, overrides: Sequence[str] = ()) -
         devices[0].device_kind,
         dict(mesh.shape),
         chip,
-        plan_programs(load(slug).programs(config, mesh), mesh, chip),
+        plan_programs(chosen, mesh, chip, say),
     )
 
 
@@ -199,7 +215,10 @@ def _cpu_devices(topology: str, sides: Sequence[int]) -> Sequence[jax.Device]:
 
 
 def plan_programs(
-    programs: Mapping[str, tuple[jax.stages.Wrapped, tuple]], mesh: Mesh, chip: Chip | None
+    programs: Mapping[str, tuple[jax.stages.Wrapped, tuple]],
+    mesh: Mesh,
+    chip: Chip | None,
+    say: Callable[[str], None] | None = None,
 ) -> tuple[ProgramPlan, ...]:
     """Compiles each program for the mesh's devices; one that does not compile says why, and the others go on.
 
@@ -208,6 +227,7 @@ def plan_programs(
         device.
       mesh: whose devices are compiled for.
       chip: their figures; None where unknown.
+      say: gets a line for each program as soon as it is compiled: large ones take minutes.
     """
     whole = NamedSharding(mesh, PartitionSpec())
 
@@ -218,14 +238,18 @@ def plan_programs(
         sharding = sharding if isinstance(sharding, NamedSharding) else whole
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    plans = []
+    plans: list[ProgramPlan] = []
     for name, (function, arguments) in programs.items():
+        start = time.perf_counter()
         try:
             compiled = function.lower(*jax.tree.map(placed, arguments)).compile()
             plans.append(_described(name, compiled, chip))
         except Exception as error:  # whatever it is, it belongs to this program: the others still are planned
             line = f"{type(error).__name__}: {_first_line(error)}"
             plans.append(ProgramPlan(name, line, fits=False if "RESOURCE_EXHAUSTED" in line else None))
+        if say is not None:
+            found = plans[-1].error or f"peak {_bytes(plans[-1].peak_bytes)}"
+            say(f"{len(plans)} of {len(programs)}, {time.perf_counter() - start:.0f} s: {name}: {found}")
     return tuple(plans)
 
 

@@ -352,10 +352,12 @@ def experiment(monkeypatch):
 
 
 def test_plan_of_an_experiment(experiment, capsys):
-    plan = plan_experiment("toy:smoke", "cpu:8", ["mesh.model=2", "batch=128"])
+    said: list[str] = []
+    plan = plan_experiment("toy:smoke", "cpu:8", ["mesh.model=2", "batch=128"], "", said.append)
     assert (plan.target, plan.devices, plan.mesh) == ("toy:smoke", 8, {"data": 4, "model": 2, "seq": 1})
     told = json.loads(json.dumps(plan_json(plan)))
     train, broken = told["programs"]
+    assert [line.partition(": ")[2][:12] for line in said] == ["train: peak ", "broken: Type"]
     assert train["argument_bytes"] == 4 * (WIDTH * WIDTH + 128 // 4 * WIDTH)
     assert train["collectives"]["all-reduce"]["calls"] == STEPS
     assert broken["error"]
@@ -365,6 +367,15 @@ def test_plan_of_an_experiment(experiment, capsys):
     row = next(line for line in printed if line.strip().startswith("train"))
     assert "80 KiB" in row and "all-reduce 10 x 4 B" in row  # noqa: PT018 - one row, unfolded
     assert any(line.strip().startswith("* broken: TypeError") for line in printed)
+
+
+def test_some_of_the_programs(experiment):
+    plan = plan_experiment("toy:smoke", "cpu:8", pattern="^tr")
+    assert [program.name for program in plan.programs] == ["train"]
+    with pytest.raises(UsageError, match="--programs 'tree' is in none of the names: train, broken"):
+        plan_experiment("toy:smoke", "cpu:8", pattern="tree")
+    with pytest.raises(UsageError, match="is no regular expression"):
+        plan_experiment("toy:smoke", "cpu:8", pattern="(")
 
 
 def test_mesh_that_does_not_fit(experiment):
