@@ -106,22 +106,30 @@ def test_claims_fail_where_they_should(claim, changes):
     assert status(changes)[claim] == "fails"
 
 
-def test_the_smoke_run(tmp_path, monkeypatch, capsys):
+CONTRASTIVE = ("contrastive", "contrastive_ff")
+SOME = ("mrl", "mrl_e", "ff", "contrastive_ff")
+ALL = ("mrl", "mrl_boost", "mrl_e", "ff", "slim", "finetuned_1", *CONTRASTIVE)
+
+
+@pytest.mark.parametrize("variants", [SOME, pytest.param(ALL, marks=pytest.mark.slow)], ids=["some", "all"])
+def test_the_smoke_run(variants, tmp_path, monkeypatch, capsys):
+    assert set(variants) <= set(experiment.get_config("smoke").omniglot.variants)
     monkeypatch.setenv("JAXPAPERS_DATA", str(tmp_path / "nothing"))  # it must need no file
-    assert cli.main(["run", "matryoshka:smoke", f"--workdir={tmp_path / 'run'}"]) == 0
+    chosen = f"--config.omniglot.variants={','.join(variants)}"
+    assert cli.main(["run", "matryoshka:smoke", f"--workdir={tmp_path / 'run'}", chosen]) == 0
     results = json.loads((tmp_path / "run" / "results.json").read_text(), parse_constant=pytest.fail)
     drawn = {path.stem for path in (tmp_path / "run" / "figures").iterdir()}
     assert drawn == {"accuracy", "retrieval", "interpolation", "ablations", "further", "cascade"}
     assert {claim["status"].partition(":")[0] for claim in results["claims"]} == {"not run"}
     metrics = results["metrics"]
-    contrastive = ("contrastive", "contrastive_ff")
-    for variant in ("mrl", "mrl_boost", "mrl_e", "ff", "slim", "finetuned_1", *contrastive, "svd", "random_fs", "jl"):
+    for variant in (*variants, "svd", "random_fs", "jl"):
         assert 0 <= metrics[f"omniglot/{variant}/nn/4"][0] <= 100
         assert 0 <= metrics[f"omniglot/{variant}/map@25/4"][0] <= metrics[f"omniglot/{variant}/precision@25/4"][0]
         assert metrics[f"omniglot/{variant}/map@10/4"] == metrics[f"omniglot/{variant}/map/4"]
-    for variant in ("mrl", "mrl_e", "ff", "slim", "finetuned_1", "svd", "random_lp"):
+    classifiers = {*variants, "svd", "random_lp"} - {"mrl_boost", *CONTRASTIVE}
+    for variant in classifiers:
         assert 0 <= metrics[f"omniglot/{variant}/top1/8"][0] <= 100
-    assert not any(f"omniglot/{variant}/top1/4" in metrics for variant in contrastive)
+    assert not any(f"omniglot/{variant}/top1/4" in metrics for variant in CONTRASTIVE)
     assert "omniglot/contrastive_ff/nn/8" not in metrics  # another size than that for which it was trained
     assert metrics["omniglot/retrieval/2_to_8/mflops"] == pytest.approx([(72 * 2 + 20 * 8) / 1e6])
     assert "omniglot/retrieval/2_to_8/recall@10" in metrics
