@@ -23,6 +23,7 @@ from experiments.sequence._itransformer_linear import Bounds, linear_bounds
 from jaxpapers.data.forecasting import (
     BENCHMARKS,
     PARTS,
+    Splits,
     Table,
     Windows,
     count_windows,
@@ -31,6 +32,8 @@ from jaxpapers.data.forecasting import (
     load_table,
     oscillators,
     prepare,
+    split_rows,
+    time_features,
 )
 from jaxpapers.nn.attention import probsparse_attention
 from jaxpapers.sequence.itransformer import (
@@ -107,12 +110,6 @@ def shape_of(name: str, config: ConfigDict) -> tuple[int, int]:
     return BENCHMARKS[name].num_rows, BENCHMARKS[name].num_variates
 
 
-def blank(name: str, config: ConfigDict) -> Table:
-    """A table of zeros of the data set's shape: what a plan needs, without a file."""
-    shape = shape_of(name, config)
-    return Table(np.zeros(shape), tuple(map(str, range(shape[1]))), _hours(shape[0]))
-
-
 def _hours(rows: int) -> np.ndarray:
     return np.datetime64("2020-01-01T00:00:00") + np.arange(rows) * np.timedelta64(3600, "s")
 
@@ -147,12 +144,29 @@ def task_of(table: Table, stage: ConfigDict) -> Task:
     data = prepare(table, split_name(stage.data), stage.look_back)
     if stage.marks and data.marks is None:
         raise ValueError(f"{stage.data} has no timestamps: stages on it take marks=False")
+    windows = Windows(data.series, data.marks if stage.marks else None, stage.look_back, stage.horizon)
+    return Task(windows, _parts(data.splits, stage), data.scaler.std, data.scaler.mean)
+
+
+def blank_task(stage: ConfigDict, config: ConfigDict) -> Task:
+    """A stage's windows of zeros that take no memory: what a plan needs, without a file."""
+    rows, variates = shape_of(stage.data, config)
+
+    def zeros(*shape: int) -> np.ndarray:
+        return np.broadcast_to(np.float32(0), shape)
+
+    marks = zeros(rows, time_features(_hours(1)).shape[1]) if stage.marks else None
+    windows = Windows(zeros(rows, variates), marks, stage.look_back, stage.horizon)
+    splits = split_rows(split_name(stage.data), rows, stage.look_back)
+    return Task(windows, _parts(splits, stage), zeros(variates), zeros(variates))
+
+
+def _parts(splits: Splits, stage: ConfigDict) -> dict[str, range]:
     parts = {}
-    for part, (start, stop) in zip(PARTS, data.splits, strict=True):
+    for part, (start, stop) in zip(PARTS, splits, strict=True):
         count = count_windows(stop - start, stage.look_back, stage.horizon)
         parts[part] = range(start, start + count, stage.train_stride if part == "train" else stage.stride)
-    windows = Windows(data.series, data.marks if stage.marks else None, stage.look_back, stage.horizon)
-    return Task(windows, parts, data.scaler.std, data.scaler.mean)
+    return parts
 
 
 def climatology(task: Task) -> float:

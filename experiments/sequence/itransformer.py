@@ -52,7 +52,7 @@ from experiments.sequence._itransformer_training import (
     MODELS,
     OWN_DATA,
     Trained,
-    blank,
+    blank_task,
     calls_of,
     chunk_of,
     climatology,
@@ -234,13 +234,10 @@ def programs(config: ConfigDict, mesh: Mesh) -> dict[str, tuple[Callable, tuple]
     check_config(config)
     check_mesh(config, mesh)
     whole = NamedSharding(mesh, PartitionSpec())
-    tables: dict[str, Table] = {}
     jitted: dict[str, tuple[Callable, tuple]] = {}
     for name in chosen(config):
         stage = config.stages[name]
-        if stage.data not in tables:
-            tables[stage.data] = blank(stage.data, config)
-        task = task_of(tables[stage.data], stage)
+        task = blank_task(stage, config)
         setup = set_up(task, stage, config, abstractly)
         shardings = state_shardings(setup.state, mesh, rules_of(stage, mesh))
         state = abstract(setup.state, shardings)

@@ -234,6 +234,8 @@ def test_every_experiment_keeps_the_contract(slug):
     for preset in PRESETS:
         config = experiment.get_config(preset)
         json.dumps(config.to_dict())
+        if "only" in config:  # 400 stages are traced in minutes
+            config.only = tuple(config.stages)[:4]
         assert experiment.programs(config, make_mesh(data=2, model=4)), "plan needs at least one program"
     assert experiment.__doc__
     assert experiment.COVER
