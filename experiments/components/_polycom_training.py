@@ -71,9 +71,9 @@ class Member(NamedTuple):
 
 
 def members(name: str, config: ConfigDict) -> list[Member]:
-    """The models of a stage: all seeds at its first rate, `num_rate_seeds` of them at each of the others."""
+    """The models of a stage: its seeds at the first rate, `num_rate_seeds` of them at each of the others."""
     first, *others = config.stages[name].rates
-    rows = [Member(seed, first) for seed in range(config.num_seeds)]
+    rows = [Member(seed, first) for seed in range(config.stages[name].num_seeds or config.num_seeds)]
     return rows + [Member(seed, rate) for rate in others for seed in range(config.num_rate_seeds)]
 
 

@@ -100,19 +100,21 @@ def get_config(preset: str = "small") -> ConfigDict:
         "top_k": 0,
         "block": 16,  # rows of a block of experts; 1: a ragged product, for accelerators
         "rates": (3e-3,),  # of the claims; others of the grid
+        "num_seeds": 0,  # at most the experiment's; 0: these
     }
+    single = stage | {"num_seeds": 1}  # no claim rests on it
     grid = {name: stage | {"activation": name, "rates": (3e-3, 1.5e-3, 6e-3)} for name in COMPARED}
     orders = {
-        f"{name}_{order}": stage | {"activation": name, "order": order}
+        f"{name}_{order}": single | {"activation": name, "order": order}
         for name in ("polynorm", "polyrelu")
         for order in (2, 4)
     }
     compositions = {
-        name: stage | {"activation": name} for name in ("polyprelu", "polygelu", "polysilu", "polyrelunorm")
+        name: single | {"activation": name} for name in ("polyprelu", "polygelu", "polysilu", "polyrelunorm")
     }
     experts = {"num_experts": 8, "top_k": 2, "hidden": 96}
     second = {
-        f"wiki_{name}": stage | {"activation": name, "text": "wikitext2_small"} for name in ("polynorm", "swiglu")
+        f"wiki_{name}": single | {"activation": name, "text": "wikitext2_small"} for name in ("polynorm", "swiglu")
     }
     config: dict[str, Any] = {
         "seed": 0,
@@ -152,7 +154,7 @@ def get_config(preset: str = "small") -> ConfigDict:
         | orders
         | compositions
         | second
-        | {f"moe_{name}": stage | experts | {"activation": name} for name in ("polynorm", "swiglu")},
+        | {f"moe_{name}": single | experts | {"activation": name} for name in ("polynorm", "swiglu")},
     }
     match preset:
         case "smoke":
@@ -217,6 +219,8 @@ def _check_stage(name: str, config: ConfigDict) -> None:
     require(stage.activation in ACTIVATIONS, f"{field}.activation", stage.activation, f"one of {ACTIVATIONS}")
     require(not stage.size or stage.size in SIZES, f"{field}.size", stage.size, f"empty or one of {[*SIZES]}")
     require(not stage.text or is_text(stage.text), f"{field}.text", stage.text, "empty or as lm.text")
+    fits = 0 <= stage.num_seeds <= config.num_seeds
+    require(fits, f"{field}.num_seeds", stage.num_seeds, f"between 0 and num_seeds={config.num_seeds}")
     require(stage.order >= 1, f"{field}.order", stage.order, "at least 1")
     require(stage.block >= 1, f"{field}.block", stage.block, "at least 1")
     require(stage.rates, f"{field}.rates", stage.rates, "some learning rates, above 0 each")

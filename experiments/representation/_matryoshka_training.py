@@ -93,8 +93,11 @@ def rows_of(family: str, recipe: ConfigDict) -> list[Row]:
     """The models of a family."""
     variants = [variant for variant in FAMILIES[family] if variant in recipe.variants]
     sizes = {"ff": recipe.nesting, "contrastive_ff": recipe.contrastive_sizes}
-    every = (recipe.features,)
-    return [Row(v, m, seed) for v in variants for m in sizes.get(v, every) for seed in range(recipe.num_seeds)]
+    rows = []
+    for variant in variants:
+        seeds = range(1 if variant in recipe.single_seed else recipe.num_seeds)
+        rows += [Row(variant, m, seed) for m in sizes.get(variant, (recipe.features,)) for seed in seeds]
+    return rows
 
 
 def recipe_of(family: str, recipe: ConfigDict) -> ConfigDict:

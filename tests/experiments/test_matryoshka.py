@@ -181,6 +181,15 @@ def test_rivals_share_start_batches_and_augmentation(smoke, data):
     np.testing.assert_array_equal(weights[:2], 1)
 
 
+def test_variants_without_a_claim_have_one_seed():
+    recipe = experiment.get_config("small").omniglot
+    rows = {family: [tuple(row) for row in training.rows_of(family, recipe)] for family in ("mrl", "contrastive")}
+    assert rows["mrl"] == [("mrl", 256, 0), ("mrl", 256, 1), ("mrl_boost", 256, 0)]
+    assert rows["contrastive"][1:] == [("contrastive_ff", m, 0) for m in (8, 32, 256)]
+    claimed = {"mrl", "mrl_e", "ff"} | set(training.FINETUNED)  # fine-tuning starts from each seed of ff
+    assert {row[0] for family in training.FAMILIES for row in training.rows_of(family, recipe) if row.seed} == claimed
+
+
 def test_a_population_of_fixed_features_is_that_of_single_models(smoke, data):
     recipe = smoke.omniglot
     setup = set_up("ff", data, recipe)
@@ -571,6 +580,7 @@ def test_few_shot_examples_are_so_many_of_each_class(smoke, data):
         ("omniglot.nesting", (4, 2, 8), r"config.omniglot.nesting: nesting must rise strictly"),
         ("omniglot.features", 16, r"config.omniglot.nesting: .* to the width 16"),
         ("omniglot.variants", ("mrl", "svd"), "config.omniglot.variants=.* must be some of"),
+        ("omniglot.single_seed", ("svd",), "config.omniglot.single_seed=.* must be some of"),
         ("omniglot.hidden", (18,), r"config.omniglot.hidden=\(18,\) must be multiples of 4 for slim"),
         ("omniglot.augmentation", "crop", r"config.omniglot.augmentation=crop must be affine or mirror \(mlp\)"),
         ("omniglot.variants", ("mrl", "finetuned_0"), "config.omniglot.variants=.* with ff, from which fine-tuned"),

@@ -170,6 +170,9 @@ def test_members_of_a_population_share_seeds_and_batches_and_differ_in_the_rate(
     config.num_seeds = 2
     text = np.arange(1_000, dtype=np.int32) % 11
     assert training.members("polynorm", config) == [(0, 3e-3), (1, 3e-3), (0, 1.5e-3), (0, 6e-3)]
+    config.stages.polynorm.num_seeds = 1
+    assert training.members("polynorm", config) == [(0, 3e-3), (0, 1.5e-3), (0, 6e-3)]
+    config.stages.polynorm.num_seeds = 0
     config.stages.relu = {**config.stages.polynorm, "activation": "relu"}
     setup, other = (training.set_up_population(name, text, 11, config) for name in ("polynorm", "relu"))
     batch = np.asarray(setup.batches.batch_at(3))
@@ -368,6 +371,10 @@ def test_bad_fields_of_models_with_a_size_are_named(tiny, assignment, message, t
     ("assignment", "message"),
     [
         ({"num_seeds": 0}, "config.num_seeds=0 must be at least 1"),
+        (
+            {"stages": {"polynorm": {"num_seeds": 2}}},
+            "config.stages.polynorm.num_seeds=2 must be between 0 and num_seeds=1",
+        ),
         ({"num_rate_seeds": 2}, "config.num_rate_seeds=2 must be between 1 and num_seeds=1"),
         ({"lm": {"text": "shakespear"}}, "config.lm.text=shakespear must be one of"),
         ({"lm": {"width": 14}}, r"config.lm.width=14 must be a multiple of 2 num_heads=4 \(rotary positions\)"),
