@@ -5,7 +5,7 @@ the state matrices (App. C.1), the time against the length (Figs. 1, 2, 5), the 
 (Table 6) and the language models on one corpus (Table 5, at a millionth of its tokens): ParaGRU, ParaLSTM, a selective
 linear RNN, a Mamba2-like mixer and a Transformer, all with the same batches and updates.
 
-`small` takes 14 minutes on 2 CPU cores; it trains on Tiny Shakespeare, character by character, 300 updates (of 800, for
+`small` takes 13 minutes on 2 CPU cores; it trains on Tiny Shakespeare, character by character, 300 updates (of 800, for
 time: the Transformer is then far from what it would become). `clip` has the batch of `newton3`, 8, and a run has
 converged when all its sequences have: of sequences alone those with amplitude 3 all converge, in 8 to 17 iterations.
 What it does not show: the perplexities of Table 5, which want SlimPajama and 10 billion tokens, and the speed of
