@@ -7,7 +7,7 @@ mixture of experts, PolyNorm and SwiGLU on a second text, the coefficients, effe
 neighbouring layers.
 
 `small` takes 11 minutes on 2 CPU cores: Tiny Shakespeare, character by character, models of 61,784 parameters, 1,200
-updates of 8 windows of 48, all activations from the same seeds on the same batches; what no claim rests on has one seed.
+updates of 8 windows of 48, all activations from the same seeds on the same batches, one where no claim rests on them.
 The initialisation is the paper's, N(0, 2 / (5 d)): with the usual 0.02 pre-activations at d = 48 are about 0.14, where
 powers are of no use, and PolyNorm loses to SwiGLU. The gap between the two is smallest at half the rate of the claims.
 The second text is WikiText-2 without its training file: trained on the validation file, read on the test file.

@@ -8,7 +8,8 @@ classes, superclasses, importance and spacing of the sizes, MRL by fine-tuning a
 
 `small` takes 12 minutes on 2 CPU cores: an MLP on Omniglot's small background sets (242 characters, 15 drawers to train
 and to be searched, 5 to test), and on Fashion-MNIST for the cascade, 2 seeds each, one where no claim rests on a
-variant. With 1,210 test images a standard error is 1.1 points, 0.7 for differences of two models on the same images. A data set whose files cannot be had is left out, with a word.
+variant. With 1,210 test images a standard error is 1.1 points, 0.7 for differences of two models on the same images. A
+data set whose files cannot be had is left out, with a word.
 
 `paper` is ResNet50 on ImageNet-1K, batches split over `data`: MRL (also boosted, with uniform sizes, by fine-tuning),
 MRL-E, nine fixed-feature models and the slimmable network, one after the other; fewer by `config.imagenet.variants`.
