@@ -166,6 +166,7 @@ def test_a_sequence_split_over_devices_gives_the_loss_of_one():
     np.testing.assert_allclose(*losses, rtol=2e-5)  # float32: three Newton iterations against the loop
 
 
+@pytest.mark.slow  # tests/ops/test_newton.py holds the gradients of both against each other
 def test_training_through_newton_is_training_through_the_loop():
     config = experiment.get_config("smoke")
     batches = jax.random.randint(jax.random.key(0), (5, 4, config.lm.length + 1), 0, 65)
