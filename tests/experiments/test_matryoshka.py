@@ -17,6 +17,7 @@ from experiments.representation import _matryoshka_data as images
 from experiments.representation import _matryoshka_study as studies
 from experiments.representation import _matryoshka_training as training
 from experiments.representation import matryoshka as experiment
+from experiments.representation._matryoshka_figures import draw_ablations
 from jaxpapers.data.download import CorruptData
 from jaxpapers.nn.resnet import ResNet50
 from jaxpapers.nn.vit import ViTB16
@@ -188,6 +189,13 @@ def test_variants_without_a_claim_have_one_seed():
     assert rows["contrastive"][1:] == [("contrastive_ff", m, 0) for m in (8, 32, 256)]
     claimed = {"mrl", "mrl_e", "ff"} | set(training.FINETUNED)  # fine-tuning starts from each seed of ff
     assert {row[0] for family in training.FAMILIES for row in training.rows_of(family, recipe) if row.seed} == claimed
+
+
+def test_a_variant_is_held_against_mrl_of_its_own_seed(smoke):
+    seeds = {"mrl": (40.0, 70.0), "mrl_boost": (45.0,)}
+    metrics = {f"omniglot/{v}/top1/{m}": row for v, row in seeds.items() for m in smoke.omniglot.nesting}
+    drawn = np.concatenate([line.get_ydata() for line in draw_ablations(metrics, "omniglot", smoke).axes[0].lines])
+    assert set(drawn.tolist()) == {5.0, 0.0}  # not -25; 0 is the line of MRL
 
 
 def test_a_population_of_fixed_features_is_that_of_single_models(smoke, data):
