@@ -34,7 +34,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxpapers.data.forecasting import Oscillators
+from jaxpapers.data.oscillators import Oscillators
 
 
 class Bounds(NamedTuple):

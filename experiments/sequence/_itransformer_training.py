@@ -27,14 +27,12 @@ from jaxpapers.data.forecasting import (
     Table,
     Windows,
     count_windows,
-    delayed_oscillators,
-    draw_mixture,
     load_table,
-    oscillators,
     prepare,
     split_rows,
     time_features,
 )
+from jaxpapers.data.oscillators import delayed_oscillators, draw_mixture, oscillators
 from jaxpapers.nn.attention import probsparse_attention
 from jaxpapers.sequence.itransformer import (
     DLinear,

@@ -11,6 +11,7 @@ Map of the room:
 - `control`: an agent among obstacles, a pendulum, a cart-pole: systems that are controlled from images.
 - `text`: text corpora as characters or bytes, their splits, windows of tokens.
 - `tokens`: files of token ids, mapped into memory, and windows of them.
+- `oscillators`: AR(2) processes that many variates hear with delays; what forecasters across variates are tried on.
 - `waves`: travelling waves on a grid (Stuart-Landau), what a vortex street looks like.
 - `tasks`: synthetic sequence tasks, drawn by key: parity, MQAR, k-hop, Keep-nth.
 - `windows`: batches as pure functions of the step, so that a resumed run continues bit for bit:

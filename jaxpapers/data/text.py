@@ -242,7 +242,7 @@ def text_windows(
     Raises:
         ValueError: window_length or stride below 1, or windows longer than the text.
     """
-    _check_window(len(tokens), window_length)
+    check_window(len(tokens), window_length)
     if stride < 1:
         raise ValueError(f"stride must be at least 1, got {stride}")
     return np.lib.stride_tricks.sliding_window_view(tokens, window_length)[::stride]
@@ -265,13 +265,18 @@ def sample_text_windows(
     Raises:
         ValueError: batch_size or window_length below 1, or windows longer than the text.
     """
-    _check_window(tokens.shape[0], window_length)
+    check_window(tokens.shape[0], window_length)
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     return sample_windows(key, tokens, batch_size, window_length)
 
 
-def _check_window(length: int, window_length: int) -> None:
+def check_window(length: int, window_length: int) -> None:
+    """Refuses windows that a text does not hold.
+
+    Raises:
+        ValueError: window_length below 1, or windows longer than the text.
+    """
     if window_length < 1:
         raise ValueError(f"window_length must be at least 1, got {window_length}")
     if window_length > length:

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Int32, Integer
 
 from jaxpapers.data.download import CorruptData, DataNotFound
+from jaxpapers.data.text import check_window
 
 
 def map_tokens(folder: Path, part: str) -> Integer[np.ndarray, "time"]:
@@ -70,7 +71,7 @@ class TokenWindows:
         part: (index, number of parts): the rows of each batch that this process reads.
 
     Raises:
-        ValueError: windows longer than the text.
+        ValueError: length below 1, or windows longer than the text.
     """
 
     tokens: Integer[np.ndarray, "time"]
@@ -81,8 +82,7 @@ class TokenWindows:
     part: tuple[int, int] = (0, 1)
 
     def __post_init__(self) -> None:
-        if self.length > len(self.tokens):
-            raise ValueError(f"windows of {self.length} tokens do not fit into a text of {len(self.tokens)} tokens")
+        check_window(len(self.tokens), self.length)
 
     def __getitem__(self, step: int) -> Int32[np.ndarray, "rows length"]:
         """The batch of a step.

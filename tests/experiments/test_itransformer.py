@@ -21,7 +21,7 @@ from experiments.sequence import _itransformer_training as training
 from experiments.sequence import itransformer as experiment
 from experiments.sequence._itransformer_stages import HORIZONS, table_row
 from jaxpapers.data.download import CorruptData
-from jaxpapers.data.forecasting import draw_mixture, oscillators
+from jaxpapers.data.oscillators import draw_mixture, oscillators
 from jaxpapers.train import abstractly, make_mesh
 
 # The measured column of the card's table of claims, and the paper's own figures, or their like, where it has none.
