@@ -10,15 +10,16 @@ from jax import Array
 from ml_collections import ConfigDict
 
 from experiments.sequence._itransformer_training import Trained, forecast, set_up, task_of
-from jaxpapers.data.forecasting import Batch, Table
+from jaxpapers.data.forecasting import Batch, Table, Windows
 from jaxpapers.sequence.itransformer import Block, ITransformer, VanillaTransformer, analyse, linear_cka
-from jaxpapers.train import member, update_program
+from jaxpapers.train import jit_once, member, update_program
 
 
 def sample(trained: Trained, count: int) -> Batch:
     """So many test windows, evenly spread."""
     numbers = np.asarray(trained.task.parts["test"])
-    return trained.task.windows.gather(numbers[np.linspace(0, len(numbers) - 1, count).astype(int)])
+    chosen = numbers[np.linspace(0, len(numbers) - 1, count).astype(int)]
+    return jit_once(Windows.gather)(trained.task.windows, chosen)
 
 
 def has_representation(trained: Trained) -> bool:
@@ -41,7 +42,7 @@ def representation_similarity(trained: Trained, windows: int) -> np.ndarray:
         features = [blocks[f"layers_{layer}"]["__call__"][0] for layer in (0, last)]
         return linear_cka(*(part.reshape(-1, part.shape[-1]) for part in features))
 
-    return np.asarray(jax.jit(jax.vmap(similarity))(trained.variables))
+    return np.asarray(jit_once(jax.vmap(similarity))(trained.variables))
 
 
 class AttentionMaps(NamedTuple):
@@ -100,7 +101,7 @@ def attention_maps(trained: Trained, windows: int, max_lag: int) -> tuple[Attent
 def forecasts(trained: Trained, windows: int) -> np.ndarray:
     """(windows, S, N) of the first seed, standardised."""
     x, _, marks = sample(trained, windows)
-    found = jax.jit(lambda variables: forecast(trained.model, variables, x, marks)[0])(member(trained.variables, 0))
+    found = jit_once(lambda variables: forecast(trained.model, variables, x, marks)[0])(member(trained.variables, 0))
     return np.asarray(found)
 
 

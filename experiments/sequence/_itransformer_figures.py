@@ -128,7 +128,7 @@ def variate_panels(metrics: Metrics, config: ConfigDict) -> dict[str, dict[str, 
             panels[SHARES] |= {f"{data}, all": {"mse": own}, f"{data}, new ones each batch": {"mse": subset}}
         for stage, label in (("unseen", "the first"), ("unseen_ci", "the first, CI")):
             parts = {part: metrics.get(f"{data}_{stage}/{part}") for part in ("mse_seen", "mse_unseen")}
-            if None not in parts.values():
+            if all(part is not None for part in parts.values()):
                 panels[SHARES][f"{data}, {label}"] = parts
     return {title: groups for title, groups in panels.items() if groups}
 

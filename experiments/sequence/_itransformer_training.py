@@ -47,6 +47,7 @@ from jaxpapers.train import (
     TrainState,
     TrainStep,
     create_population,
+    eagerly,
     jit_once,
     make_optimizer,
     make_train_step,
@@ -304,7 +305,7 @@ class Setup(NamedTuple):
     keys: Array
 
 
-def set_up(task: Task, stage: ConfigDict, config: ConfigDict, jit: Callable[..., Callable] = jit_once) -> Setup:
+def set_up(task: Task, stage: ConfigDict, config: ConfigDict, jit: Callable[..., Callable] = eagerly) -> Setup:
     """Model, loss, optimizer and batches of a stage."""
     model = model_of(stage)
     train = task.parts["train"]
@@ -312,13 +313,16 @@ def set_up(task: Task, stage: ConfigDict, config: ConfigDict, jit: Callable[...,
     variates = task.windows.series.shape[1]
     trained = stage.train_variates or variates
 
+    def rows(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((1, *shape), jnp.float32)
+
     def init(key: Array) -> Any:
-        arguments = [jnp.zeros((1, stage.look_back, stage.subset or trained))]
+        arguments = [rows(stage.look_back, stage.subset or trained)]
         if (marks := task.windows.marks) is not None:
-            arguments.append(jnp.zeros((1, stage.look_back, marks.shape[1])))
+            arguments.append(rows(stage.look_back, marks.shape[1]))
             if isinstance(model, VanillaTransformer):
-                arguments.append(jnp.zeros((1, stage.horizon, marks.shape[1])))
-        return dict(model.init(key, *arguments))
+                arguments.append(rows(stage.horizon, marks.shape[1]))
+        return dict(model.lazy_init(key, *arguments))
 
     def loss_fn(windows: Windows, variables: Any, statistics: Any, index: Array, key: Array) -> tuple:
         dropout_key, subset_key = jax.random.split(key)
@@ -355,7 +359,7 @@ def set_up(task: Task, stage: ConfigDict, config: ConfigDict, jit: Callable[...,
     return Setup(
         model,
         epoch,
-        state.replace(extra=Extra(statistics, jit(lambda rows: rows)(rows_of(task.windows)))),
+        state.replace(extra=Extra(statistics, jit(partial(jax.tree.map, jnp.asarray))(rows_of(task.windows)))),
         train_step,
         OnDevice(lambda step: jnp.asarray(order)[step]),
         keys[:, 1],

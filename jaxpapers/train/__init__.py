@@ -35,7 +35,16 @@ from jaxpapers.train.mesh import (
 )
 from jaxpapers.train.metrics import MetricsWriter, json_value, read_metrics
 from jaxpapers.train.optimizers import averaged_params, make_optimizer, make_schedule
-from jaxpapers.train.state import TrainState, abstractly, create_population, create_state, jit_once, member, run_once
+from jaxpapers.train.state import (
+    TrainState,
+    abstractly,
+    create_population,
+    create_state,
+    eagerly,
+    jit_once,
+    member,
+    run_once,
+)
 from jaxpapers.train.step import LossFn, TrainStep, make_train_step, scan_steps, vmap_step
 from jaxpapers.train.stopping import Terminated, sigterm_noted, sigterm_raises
 
@@ -58,6 +67,7 @@ __all__ = [
     "batch_part",
     "create_population",
     "create_state",
+    "eagerly",
     "fit",
     "fsdp",
     "initialize_distributed",

@@ -37,6 +37,14 @@ def jit_once(function: Callable[..., PyTree], **options: Any) -> Callable[..., P
     return jax.jit(function, compiler_options=quick, **options)
 
 
+def eagerly(function: Callable[..., PyTree], **_: Any) -> Callable[..., PyTree]:
+    """In the place of `jax.jit`: operation by operation, each compiled once a shape for all models of a process.
+
+    Good for what is drawn once by many models of equal shapes, with Flax's `lazy_init`, which computes parameters only.
+    """
+    return function
+
+
 def abstractly(function: Callable[..., PyTree], **_: Any) -> Callable[..., PyTree]:
     """In the place of `jax.jit`, for plans: shapes and dtypes of the result, with nothing compiled or computed."""
     return partial(jax.eval_shape, function)
@@ -67,7 +75,8 @@ def create_population(
       keys: typed PRNG keys of shape (models,). Equal keys give equal initial parameters, so that rivals can
         start from the same seed.
       extra: None, or a pytree whose leaves have the leading axis `models`.
-      jit: how the state is computed: `jax.jit`; `jit_once`, quicker on a CPU, which rounds differently; `abstractly`.
+      jit: how the state is computed: `jax.jit`; `jit_once`, quicker on a CPU, which rounds differently; `eagerly`;
+        `abstractly`.
 
     Raises:
       ValueError: a leaf of `extra` has another leading axis.
