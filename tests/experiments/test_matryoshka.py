@@ -462,6 +462,7 @@ def test_the_programs_of_imagenet_split_their_batches():
     assert jax.tree.structure(state) == jax.tree.structure(arguments[0])
 
 
+@pytest.mark.slow
 def test_a_residual_network_learns_from_a_folder_on_a_mesh(tmp_path, monkeypatch):
     """The whole way of `paper`, at the smallest size: files, crops of two sizes, eight devices, search, cascade."""
     monkeypatch.setenv("JAXPAPERS_DATA", str(tmp_path))

@@ -87,9 +87,14 @@ def test_claims_fail_where_they_should(claim, changes):
     assert status(changes)[claim] == "fails"
 
 
-def test_the_smoke_run(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "fewer",
+    [("--config.lm.mixers=lstm", "--config.tasks.parity.mixers=attention"), pytest.param((), marks=pytest.mark.slow)],
+    ids=["fewer models", "all"],
+)
+def test_the_smoke_run(fewer, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("JAXPAPERS_DATA", str(tmp_path / "nothing"))  # it must need no file
-    assert cli.main(["run", "pararnn:smoke", f"--workdir={tmp_path / 'run'}"]) == 0
+    assert cli.main(["run", "pararnn:smoke", f"--workdir={tmp_path / 'run'}", *fewer]) == 0
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert {path.stem for path in (tmp_path / "run" / "figures").iterdir()} == {
         "residuals",
@@ -137,7 +142,7 @@ def test_paper_is_the_rows_of_the_tables():
         experiment.get_config("tiny")
 
 
-@pytest.mark.parametrize("seq", [1, 2])  # the kernel, and chunks
+@pytest.mark.parametrize("seq", [1, pytest.param(2, marks=pytest.mark.slow)])  # the kernel, and chunks
 def test_the_programs_of_the_tables_are_traced_without_numbers(seq):
     config = experiment.get_config("paper")
     config.lm.mixers = ("gru",)
@@ -151,6 +156,7 @@ def test_the_programs_of_the_tables_are_traced_without_numbers(seq):
     assert bool(kernels) == (seq == 1)
 
 
+@pytest.mark.slow  # tests/ops/test_newton.py splits sequences
 def test_a_sequence_split_over_devices_gives_the_loss_of_one():
     config = experiment.get_config("smoke")
     config.lm.width = 64

@@ -247,7 +247,14 @@ def assert_ended_alike(workdir, uninterrupted):
         # What submitit's SlurmJob._interrupt sends. The second finds the run stopped by the first.
         pytest.param((signal.SIGTERM, signal.SIGUSR2), 60, ("is preempted", "(3 remaining"), False, id="preempted"),
         # A job that was given less than ten minutes has always timed out for submitit.
-        pytest.param((signal.SIGUSR2,), 5, ("is timed-out", "(2 remaining"), True, id="timed out, overwrites"),
+        pytest.param(
+            (signal.SIGUSR2,),
+            5,
+            ("is timed-out", "(2 remaining"),
+            True,
+            id="timed out, overwrites",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_stopped_job_is_queued_again_and_resumes(queue, toy, uninterrupted, signals, minutes, said, overwrite):
@@ -319,6 +326,7 @@ SLURM = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("processes")  # two processes and their test fill the two cores of CI
 def test_the_tasks_of_a_slurm_job_stop_at_one_step_and_the_first_queues_it_again(toy, monkeypatch, uninterrupted):
     workdir = toy / "run"

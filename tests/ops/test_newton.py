@@ -35,7 +35,9 @@ def dense(params, h, x):
 CELLS = {"diagonal": diagonal, "block": block, "dense": dense, "quasi": dense}
 STATE = {"diagonal": (WIDTH,), "block": (2, 2), "dense": (WIDTH,), "quasi": (WIDTH,)}
 CASES = [(structure, method) for structure in CELLS for method in ("sequential", "parallel")] + [("block", "chunked")]
-FUSED = [("diagonal", "fused"), ("block", "fused")]
+CASES += [("diagonal", "fused"), ("block", "fused")]
+ALWAYS = (("diagonal", "parallel"), ("dense", "parallel"), ("block", "sequential"), ("block", "chunked"), CASES[-1])
+slow = pytest.mark.slow
 
 
 def problem(structure, length=LENGTH, batch=(BATCH,), scale=0.5, seed=0):
@@ -59,7 +61,9 @@ def solve(structure, params, xs, h0, **options):
     return solve_recurrence(lambda h, x: CELLS[structure](params, h, x), xs, h0, structure=structure, **options)
 
 
-@pytest.mark.parametrize(("structure", "method"), CASES + FUSED)
+@pytest.mark.parametrize(
+    ("structure", "method"), [pytest.param(*case, marks=() if case in ALWAYS else slow) for case in CASES]
+)
 def test_states_and_derivatives_are_those_of_the_loop(structure, method):
     arrays = problem(structure)
     weights = np.random.default_rng(1).normal(size=arrays[1].shape)
@@ -86,7 +90,7 @@ def test_states_and_derivatives_are_those_of_the_loop(structure, method):
         np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("structure", ["diagonal", "block", "dense"])
+@pytest.mark.parametrize("structure", ["diagonal", *(pytest.param(name, marks=slow) for name in ("block", "dense"))])
 def test_a_closed_form_jacobian_serves_as_well(structure):
     params, xs, h0 = problem(structure)
 
@@ -239,7 +243,7 @@ def test_trust_is_the_kalman_filter_of_the_textbook():
     np.testing.assert_allclose(filtered, expected, rtol=1e-12)
 
 
-@pytest.mark.parametrize("segment", [7, 8])  # with a rest and without
+@pytest.mark.parametrize("segment", [7, pytest.param(8, marks=slow)])  # with a rest and without
 def test_segments_solve_what_all_steps_at_once_do_not(segment):
     xs = np.random.default_rng(3).normal(size=(96, 2))
     options = {"structure": "diagonal", "method": "parallel", "max_iterations": 10, "tolerance": 1e-6}
@@ -321,7 +325,7 @@ def test_the_backward_pass_keeps_no_iterates():
     assert kept(2) == kept(50) <= 3 * xs.size + 2 * h0.size + 2 * params.size
 
 
-@pytest.mark.parametrize("structure", ["diagonal", "block", "dense"])
+@pytest.mark.parametrize("structure", ["block", *(pytest.param(name, marks=slow) for name in ("diagonal", "dense"))])
 def test_a_sequence_on_eight_devices_gives_the_numbers_of_one(structure):
     mesh = Mesh(np.array(jax.devices()[:8]), ("seq",))
     params, xs, h0 = problem(structure)

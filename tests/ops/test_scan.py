@@ -17,6 +17,7 @@ from jaxpapers.ops.scan import affine_scan, affine_scan_sharded, combine
 
 GOLDEN = dict(np.load(Path(__file__).parents[1] / "golden" / "pararnn" / "reduction.npz"))
 STRUCTURES = ("diagonal", "block", "dense")
+MOSTLY_SLOW = [pytest.param(name, marks=() if name == "block" else pytest.mark.slow) for name in STRUCTURES]
 METHODS = ("sequential", "parallel", "chunked", "auto")
 STATE = {"diagonal": (6,), "block": (2, 3), "dense": (4,)}
 MATRIX = {"diagonal": (6,), "block": (2, 2, 3), "dense": (4, 4)}
@@ -56,13 +57,21 @@ def test_the_golden_reductions_of_the_authors_cuda_kernels(structure, method):
         A = np.moveaxis(A.reshape(*A.shape[:2], 2, 5, 2), -1, -2)
         b, expected = (part.reshape(*part.shape[:2], 2, 5) for part in (b, expected))
     with jax.enable_x64(True):
-        states = affine_scan(np.float64(A), np.float64(b), structure=structure, method=method)
+        states = jax.jit(partial(affine_scan, structure=structure, method=method))(np.float64(A), np.float64(b))
     np.testing.assert_allclose(states, expected, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("structure", STRUCTURES)
-@pytest.mark.parametrize("length", [0, 1, 20])
-@pytest.mark.parametrize("reverse", [False, True])
+LONG = [(structure, 20, reverse) for structure in STRUCTURES for reverse in (False, True)]
+ALWAYS = (("block", 20, False), ("dense", 20, True))  # the random ones below have all of them, on fewer shapes
+
+
+@pytest.mark.parametrize(
+    ("structure", "length", "reverse"),
+    [
+        *itertools.product(STRUCTURES, (0, 1), (False, True)),
+        *(pytest.param(*case, marks=() if case in ALWAYS else pytest.mark.slow) for case in LONG),
+    ],
+)
 def test_every_method_is_the_loop(structure, length, reverse):
     A, b, h0 = problem(structure, length, (2,))
     expected, products = loop(A, b, h0, structure, reverse)
@@ -76,7 +85,7 @@ def test_every_method_is_the_loop(structure, length, reverse):
             np.testing.assert_allclose(cumulated, products, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("structure", MOSTLY_SLOW)
 def test_methods_agree_on_a_long_odd_length_in_float32(structure):
     A, b, h0 = problem(structure, 4097)
     expected, _ = loop(A, b, h0, structure)
@@ -142,7 +151,7 @@ def test_the_operator_is_associative_with_an_identity_and_does_not_commute(struc
     assert not np.allclose(swapped[1], straight[1])
 
 
-@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("structure", MOSTLY_SLOW)
 def test_batch_major_layout_and_broadcasting(structure):
     A, b, h0 = problem(structure, 12, (3,))
     expected, _ = loop(A, b, h0, structure)
