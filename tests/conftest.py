@@ -12,8 +12,6 @@ import jax
 CACHE = Path(__file__).parents[1] / ".cache" / "jax"
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-# The suite spends its time in the compiler, on arrays of a few entries.
-jax.config.update("jax_disable_most_optimizations", True)
 
 # A first example pays for tracing and compilation, so a deadline would measure XLA, not the code.
 hypothesis.settings.register_profile("jaxpapers", deadline=None, max_examples=25, derandomize=True)
