@@ -12,6 +12,7 @@ from jax import lax
 
 from jaxpapers.ops import fused
 from jaxpapers.ops.fused import fused_cotangents, fused_states
+from tests.marks import mostly_slow
 from tests.tpu import needs_libtpu, run_program
 
 
@@ -87,10 +88,7 @@ def assert_close(mine, expected, tolerance):
         np.testing.assert_allclose(one, other, rtol=0, atol=tolerance * scale)
 
 
-@pytest.mark.parametrize(
-    ("cell", "length", "batch", "width", "kind"),
-    [pytest.param(*case, marks=() if case in ALWAYS else pytest.mark.slow) for case in CASES],
-)
+@pytest.mark.parametrize(("cell", "length", "batch", "width", "kind"), mostly_slow(CASES, ALWAYS))
 def test_states_and_cotangents_are_those_of_the_loop(cell, length, batch, width, kind):
     arrays = problem(cell, length, batch, width, jnp.float32)
     mine, expected = both(cell, kind)
@@ -99,7 +97,8 @@ def test_states_and_cotangents_are_those_of_the_loop(cell, length, batch, width,
 
 
 @pytest.mark.parametrize(
-    ("cell", "kind"), [pytest.param("gru", "tpu", marks=pytest.mark.slow), ("lstm", "tpu"), ("mixture", "gpu")]
+    ("cell", "kind"),
+    mostly_slow((("gru", "tpu"), ("lstm", "tpu"), ("mixture", "gpu")), (("lstm", "tpu"), ("mixture", "gpu"))),
 )
 def test_in_float64_to_its_rounding(cell, kind):
     with jax.enable_x64(True):
@@ -108,7 +107,7 @@ def test_in_float64_to_its_rounding(cell, kind):
         assert_close(mine(*arrays), expected(*arrays), 1e-12)  # 37 steps of 1e-16, some amplified
 
 
-@pytest.mark.parametrize("cell", ["gru", pytest.param("lstm", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("cell", mostly_slow(("gru", "lstm"), ("gru",)))
 def test_tiles_and_blocks_that_do_not_divide(cell, monkeypatch):
     # 11 rows in tiles of 8, 300 channels in tiles of 128, 13 steps in blocks of 4: edges everywhere, which are NaN in
     # the interpreter until they are written.

@@ -10,6 +10,7 @@ from jax import lax
 from jax.sharding import Mesh
 
 from jaxpapers.ops.newton import check_structure, solve_recurrence
+from tests.marks import mostly_slow
 
 LENGTH, BATCH, WIDTH = 24, 2, 4
 TIGHT = {"max_iterations": LENGTH, "tolerance": 1e-13}
@@ -37,7 +38,6 @@ STATE = {"diagonal": (WIDTH,), "block": (2, 2), "dense": (WIDTH,), "quasi": (WID
 CASES = [(structure, method) for structure in CELLS for method in ("sequential", "parallel")] + [("block", "chunked")]
 CASES += [("diagonal", "fused"), ("block", "fused")]
 ALWAYS = (("diagonal", "parallel"), ("dense", "parallel"), ("block", "sequential"), ("block", "chunked"), CASES[-1])
-slow = pytest.mark.slow
 
 
 def problem(structure, length=LENGTH, batch=(BATCH,), scale=0.5, seed=0):
@@ -61,9 +61,7 @@ def solve(structure, params, xs, h0, **options):
     return solve_recurrence(lambda h, x: CELLS[structure](params, h, x), xs, h0, structure=structure, **options)
 
 
-@pytest.mark.parametrize(
-    ("structure", "method"), [pytest.param(*case, marks=() if case in ALWAYS else slow) for case in CASES]
-)
+@pytest.mark.parametrize(("structure", "method"), mostly_slow(CASES, ALWAYS))
 def test_states_and_derivatives_are_those_of_the_loop(structure, method):
     arrays = problem(structure)
     weights = np.random.default_rng(1).normal(size=arrays[1].shape)
@@ -90,7 +88,7 @@ def test_states_and_derivatives_are_those_of_the_loop(structure, method):
         np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("structure", ["diagonal", *(pytest.param(name, marks=slow) for name in ("block", "dense"))])
+@pytest.mark.parametrize("structure", mostly_slow(("diagonal", "block", "dense"), ("diagonal",)))
 def test_a_closed_form_jacobian_serves_as_well(structure):
     params, xs, h0 = problem(structure)
 
@@ -243,7 +241,7 @@ def test_trust_is_the_kalman_filter_of_the_textbook():
     np.testing.assert_allclose(filtered, expected, rtol=1e-12)
 
 
-@pytest.mark.parametrize("segment", [7, pytest.param(8, marks=slow)])  # with a rest and without
+@pytest.mark.parametrize("segment", mostly_slow((7, 8), (7,)))  # with a rest and without
 def test_segments_solve_what_all_steps_at_once_do_not(segment):
     xs = np.random.default_rng(3).normal(size=(96, 2))
     options = {"structure": "diagonal", "method": "parallel", "max_iterations": 10, "tolerance": 1e-6}
@@ -325,7 +323,7 @@ def test_the_backward_pass_keeps_no_iterates():
     assert kept(2) == kept(50) <= 3 * xs.size + 2 * h0.size + 2 * params.size
 
 
-@pytest.mark.parametrize("structure", ["block", *(pytest.param(name, marks=slow) for name in ("diagonal", "dense"))])
+@pytest.mark.parametrize("structure", mostly_slow(("diagonal", "block", "dense"), ("block",)))
 def test_a_sequence_on_eight_devices_gives_the_numbers_of_one(structure):
     mesh = Mesh(np.array(jax.devices()[:8]), ("seq",))
     params, xs, h0 = problem(structure)

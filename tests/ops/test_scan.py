@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxpapers.ops.scan import affine_scan, affine_scan_sharded, combine
+from tests.marks import mostly_slow
 
 GOLDEN = dict(np.load(Path(__file__).parents[1] / "golden" / "pararnn" / "reduction.npz"))
 STRUCTURES = ("diagonal", "block", "dense")
-MOSTLY_SLOW = [pytest.param(name, marks=() if name == "block" else pytest.mark.slow) for name in STRUCTURES]
 METHODS = ("sequential", "parallel", "chunked", "auto")
 STATE = {"diagonal": (6,), "block": (2, 3), "dense": (4,)}
 MATRIX = {"diagonal": (6,), "block": (2, 2, 3), "dense": (4, 4)}
@@ -61,17 +61,11 @@ def test_the_golden_reductions_of_the_authors_cuda_kernels(structure, method):
     np.testing.assert_allclose(states, expected, rtol=1e-10, atol=1e-12)
 
 
-LONG = [(structure, 20, reverse) for structure in STRUCTURES for reverse in (False, True)]
-ALWAYS = (("block", 20, False), ("dense", 20, True))  # the random ones below have all of them, on fewer shapes
+SHORT, LONG = (list(itertools.product(STRUCTURES, lengths, (False, True))) for lengths in ((0, 1), (20,)))
+ALWAYS = [*SHORT, ("block", 20, False), ("dense", 20, True)]  # the random ones below have all, on fewer shapes
 
 
-@pytest.mark.parametrize(
-    ("structure", "length", "reverse"),
-    [
-        *itertools.product(STRUCTURES, (0, 1), (False, True)),
-        *(pytest.param(*case, marks=() if case in ALWAYS else pytest.mark.slow) for case in LONG),
-    ],
-)
+@pytest.mark.parametrize(("structure", "length", "reverse"), mostly_slow(SHORT + LONG, ALWAYS))
 def test_every_method_is_the_loop(structure, length, reverse):
     A, b, h0 = problem(structure, length, (2,))
     expected, products = loop(A, b, h0, structure, reverse)
@@ -85,7 +79,7 @@ def test_every_method_is_the_loop(structure, length, reverse):
             np.testing.assert_allclose(cumulated, products, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("structure", MOSTLY_SLOW)
+@pytest.mark.parametrize("structure", mostly_slow(STRUCTURES, ("block",)))
 def test_methods_agree_on_a_long_odd_length_in_float32(structure):
     A, b, h0 = problem(structure, 4097)
     expected, _ = loop(A, b, h0, structure)
@@ -151,7 +145,7 @@ def test_the_operator_is_associative_with_an_identity_and_does_not_commute(struc
     assert not np.allclose(swapped[1], straight[1])
 
 
-@pytest.mark.parametrize("structure", MOSTLY_SLOW)
+@pytest.mark.parametrize("structure", mostly_slow(STRUCTURES, ("block",)))
 def test_batch_major_layout_and_broadcasting(structure):
     A, b, h0 = problem(structure, 12, (3,))
     expected, _ = loop(A, b, h0, structure)
