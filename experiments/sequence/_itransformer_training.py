@@ -341,7 +341,6 @@ def set_up(task: Task, stage: ConfigDict, config: ConfigDict, jit: Callable[...,
     frozen = ("^batch_stats/",) if normalised else ()
     rate = halving(stage.rate, epoch) if stage.halving else stage.rate
     optimizer = make_optimizer(config.optimizer, rate, frozen=frozen)
-    statistics = jit(jax.vmap(lambda key: init(key)["batch_stats"]))(keys[:, 0]) if normalised else None
 
     def train_step(state: TrainState, index: Array, keys: Array) -> tuple:
         # The rows are an argument of the program, in the state; in a closure they would be a constant of it.
@@ -355,7 +354,9 @@ def set_up(task: Task, stage: ConfigDict, config: ConfigDict, jit: Callable[...,
 
     order = np.stack([epoch_order(len(train), stage.batch_size, stage.epochs, seed) for seed in seeds], axis=-1)
     order = train.start + train.step * order
-    state = create_population(init, optimizer, keys[:, 0], statistics, jit)
+    state = create_population(init, optimizer, keys[:, 0], jit=jit)
+    # Arrays of their own: an update gives up those of its state.
+    statistics = jit(partial(jax.tree.map, jnp.copy))(state.params["batch_stats"]) if normalised else None
     return Setup(
         model,
         epoch,
