@@ -323,7 +323,7 @@ ANYTHING: tuple[str, ...] = (
     "[[[",
 )
 ANYTHING += ("x" * 20_000, "9" * 30, "-" + "9" * 30, "1_0", "0x10", "../..", "--", "=", "a=b", "{}", "(2,)", "0,1,2")
-COUNT, SEED = 40, 4
+COUNT, SEED = 100, 4
 
 
 def fields(config):
