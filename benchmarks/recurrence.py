@@ -424,7 +424,7 @@ def compile_update(method: str, optimizer: optax.GradientTransformation, arrays:
 
     def loss_fn(params: Any, extra: Any, batch: jax.Array, key: jax.Array) -> tuple:
         logits, sown = model.apply({"params": params}, batch[:, :-1], mutable="diagnostics")
-        loss, _ = language_loss(logits, batch[:, 1:])
+        loss, _ = language_loss(logits, batch[:, 1:], z_loss=1e-4)
         return loss, (extra, {"newton_residual": newton_residual(sown["diagnostics"])})
 
     return jax.jit(make_train_step(loss_fn, optimizer)).lower(*arrays).compile()

@@ -25,9 +25,7 @@ from jaxpapers.components.polycom import (
     Size,
     TransformerBlock,
     TransformerLM,
-    chunked_language_loss,
     effective_rank,
-    language_loss,
     language_model,
     layer_similarity,
     router_losses,
@@ -35,6 +33,7 @@ from jaxpapers.components.polycom import (
 )
 from jaxpapers.data.text import sample_text_windows, text_windows
 from jaxpapers.data.tokens import TokenWindows, known_tokens
+from jaxpapers.nn.language import chunked_language_loss, language_loss
 from jaxpapers.train import (
     OnDevice,
     Rules,
@@ -165,9 +164,9 @@ def loss_of(model: TransformerLM, config: ConfigDict) -> Callable[..., tuple[Arr
         if weights is not None:
             weights = jnp.broadcast_to(weights[:, None], targets.shape)
         if chunk:
-            value, terms = chunked_language_loss(head, states, targets, weights, z_loss=0.0, chunk=chunk)
+            value, terms = chunked_language_loss(head, states, targets, weights, chunk=chunk)
         else:
-            value, terms = language_loss(head(states), targets, weights, z_loss=0.0)
+            value, terms = language_loss(head(states), targets, weights)
         losses = router_losses(sown.get("diagnostics", {}))
         value = value + router.load_balance * losses.load_balance + router.z_loss * losses.z_loss
         metrics = {"cross_entropy": terms.cross_entropy}
@@ -392,31 +391,16 @@ def set_up_single(
     rules = fsdp(shapes.params, mesh) if mesh else ()
     shardings = state_shardings(shapes, mesh, rules) if mesh else None
 
-    def over_devices(array: Array, axis: int = 0) -> Array:
+    def over_devices(array: Array) -> Array:
         if mesh is None:
             return array
-        spec = PartitionSpec(*[None] * axis, "data")
-        return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, spec))
+        return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, PartitionSpec("data")))
 
-    def train_step(state: TrainState, tokens: Array, key: Array) -> tuple[TrainState, dict[str, Array]]:
-        count = len(tokens) // rows
-        # Of every device's sequences some are in each microbatch: none moves to another device.
-        parts = over_devices(jnp.swapaxes(tokens.reshape(rows, count, -1), 0, 1), 1)
+    def loss_fn(params: Any, extra: None, tokens: Array, key: Array) -> tuple:
+        value, metrics = loss(params, tokens)
+        return value, (extra, metrics)
 
-        def measure(part: Array) -> tuple[Any, dict[str, Array]]:
-            (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state.params, over_devices(part))
-            if shardings:
-                grads = jax.lax.with_sharding_constraint(grads, shardings.params)
-            return grads, {"loss": value, **metrics}
-
-        def add(total: Any, part: Array) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, measure(part)), None
-
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(measure, parts[0]))
-        grads, metrics = jax.tree.map(lambda total: total / count, jax.lax.scan(add, zeros, parts)[0])
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        metrics["grad_norm"] = optax.tree.norm(grads)
-        return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state, None), metrics
+    train_step = make_train_step(loss_fn, optimizer, microbatches=size.batch_size // rows, shardings=shardings)
 
     def evaluate(params: Any, tokens: Array, weights: Array) -> dict[str, Array]:
         _, metrics = loss(params, over_devices(tokens), over_devices(weights))

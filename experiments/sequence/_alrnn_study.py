@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 from ml_collections import ConfigDict
 
@@ -26,6 +26,7 @@ from jaxpapers.ops.dsr_metrics import (
 )
 from jaxpapers.sequence import alrnn
 from jaxpapers.train import (
+    POPULATION_RULES,
     OnDevice,
     TrainState,
     TrainStep,
@@ -40,7 +41,6 @@ from jaxpapers.train import (
 )
 
 EPOCH = 50  # updates
-POPULATION_RULES = (("", PartitionSpec("data")),)  # on a mesh, every device trains its share of the models
 
 
 class Recipe(NamedTuple):

@@ -41,7 +41,6 @@ from experiments.sequence._alrnn_figures import (
 from experiments.sequence._alrnn_study import (
     EPOCH,
     MINIMAL_P,
-    POPULATION_RULES,
     RECIPES,
     Study,
     analyse_minimal,
@@ -61,7 +60,7 @@ from experiments.sequence._alrnn_study import (
     study_slopes,
 )
 from jaxpapers.data.download import DataNotFound
-from jaxpapers.train import abstract, abstractly, json_value, member, state_shardings, update_program
+from jaxpapers.train import POPULATION_RULES, abstract, abstractly, json_value, member, state_shardings, update_program
 
 PAPER = Paper(
     title="Almost-Linear RNNs Yield Highly Interpretable Symbolic Codes in Dynamical Systems Reconstruction",

@@ -14,15 +14,14 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from jaxpapers.nn.dropout import keep_mask
 from jaxpapers.nn.initializers import torch_dense
+from jaxpapers.typing import AnyArray
 
-AnyArray = Array | np.ndarray
 AttentionFunction = Callable[..., Array]
 
 FLOW_EPSILON = 1e-6

@@ -5,11 +5,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-AnyArray = Array | np.ndarray
+from jaxpapers.typing import AnyArray
 
 
 class LossTerms(NamedTuple):
@@ -30,7 +29,7 @@ def language_loss(
     logits: Float[AnyArray, "*batch vocab"],
     targets: Int[AnyArray, "*batch"],
     weights: Float[AnyArray, "*batch"] | None = None,
-    z_loss: float | int = 1e-4,
+    z_loss: float | int = 0.0,
 ) -> tuple[Float[Array, ""], LossTerms]:
     """Cross-entropy + z_loss * mean of log(Z)^2, with Z the softmax's denominator.
 
@@ -54,7 +53,7 @@ def chunked_language_loss(
     hidden: Float[AnyArray, "*batch time width"],
     targets: Int[AnyArray, "*batch time"],
     weights: Float[AnyArray, "*batch time"] | None = None,
-    z_loss: float | int = 1e-4,
+    z_loss: float | int = 0.0,
     *,
     chunk: int,
 ) -> tuple[Float[Array, ""], LossTerms]:

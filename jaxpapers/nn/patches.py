@@ -1,10 +1,9 @@
 """Grids as sequences of patches, and back: the tokens of vision transformers and their kin."""
 
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Shaped
 
-AnyArray = Array | np.ndarray
+from jaxpapers.typing import AnyArray
 
 
 def patchify(

@@ -22,8 +22,9 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PyTree, Shaped
 
-AnyArray = Array | np.ndarray
-MOMENTUM, EPSILON = 0.9, 1e-5  # of BatchNorm: PyTorch's momentum is one minus flax's
+from jaxpapers.nn.norms import torch_batch_norm
+from jaxpapers.typing import AnyArray
+
 STEMS = ("imagenet", "small")
 kaiming_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 BLUR = np.outer((1, 2, 1), (1, 2, 1)) / 16
@@ -106,7 +107,7 @@ def batch_norm(name: str, fraction: float, train: bool, dtype: DTypeLike | None 
         dtype: of the computation.
     """
     own = name if fraction == 1 else f"{name}_{100 * fraction:g}"
-    return nn.BatchNorm(not train, momentum=MOMENTUM, epsilon=EPSILON, dtype=dtype, name=own)
+    return torch_batch_norm(not train, dtype=dtype, name=own)
 
 
 class ResidualBlock(nn.Module):

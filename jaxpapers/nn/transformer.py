@@ -1,14 +1,15 @@
-"""Parts of a Transformer decoder: rotary positions, causal attention with an optional cache, SwiGLU."""
+"""Parts of a Transformer decoder: rotary positions, causal attention in chunks or with a cache, SwiGLU."""
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-AnyArray = Array | np.ndarray
+from jaxpapers.typing import AnyArray, Initializer
+
+NORM_EPSILON = 1e-5
 
 
 def rotary(
@@ -34,6 +35,43 @@ def rotary(
     return turned.astype(x.dtype)
 
 
+def causal_attention(
+    q: Float[Array, "batch time heads head_dim"],
+    k: Float[Array, "batch time heads head_dim"],
+    v: Float[Array, "batch time heads head_dim"],
+    chunk: int | None = None,
+) -> Float[Array, "batch time heads head_dim"]:
+    """Softmax attention to the past and the present, in float32 at least.
+
+    Args:
+        q: queries.
+        k: keys.
+        v: values.
+        chunk: queries whose weights are held at once, and computed again in the backward pass: memory grows with
+            chunk * time, not with time^2. It need not divide the time. None: all queries at once.
+
+    Raises:
+        ValueError: a chunk below 1.
+    """
+    if chunk is None:
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True)
+    if chunk < 1:
+        raise ValueError(f"attention's chunk must be at least 1, got {chunk}")
+    batch, time, *shape = q.shape
+    chunk = min(chunk, time)
+    filled = jnp.pad(q, ((0, 0), (0, -time % chunk), (0, 0), (0, 0)))
+    chunks = jnp.moveaxis(filled.reshape(batch, -1, chunk, *shape), 1, 0)
+
+    def attend(part: tuple[Array, Array]) -> Array:
+        start, q = part
+        past = jnp.arange(time) <= start + jnp.arange(chunk)[:, None]
+        return jax.nn.dot_product_attention(q, k, v, mask=past[None, None])
+
+    # The loop keeps XLA from merging the second computation with the first.
+    out = lax.map(jax.checkpoint(attend, prevent_cse=False), (chunk * jnp.arange(len(chunks)), chunks))
+    return jnp.moveaxis(out, 0, 1).reshape(filled.shape)[:, :time]
+
+
 class CausalSelfAttention(nn.Module):
     """Multi-head self-attention to the past and the present, without biases.
 
@@ -45,12 +83,20 @@ class CausalSelfAttention(nn.Module):
         rotary: turn queries and keys by their positions; without, the layer sees no positions but the order.
         dtype: of the computation; None: that of inputs and parameters. Softmax is in float32 at least.
         cache_length: keep keys and values of this many tokens; None: no cache.
+        qk_norm: RMSNorm over the whole width of queries and of keys, before they are turned (OLMoE, arXiv 2409.02060).
+        chunk: queries at once (see `causal_attention`); not with a cache.
+        kernel_init: of query, key and value.
+        out_init: of the output projection.
     """
 
     num_heads: int
     rotary: bool = True
     dtype: DTypeLike | None = None
     cache_length: int | None = None
+    qk_norm: bool = False
+    chunk: int | None = None
+    kernel_init: Initializer = nn.linear.default_kernel_init
+    out_init: Initializer = nn.linear.default_kernel_init
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch time width"]) -> Float[Array, "batch time width"]:
@@ -58,22 +104,35 @@ class CausalSelfAttention(nn.Module):
 
         Raises:
             ValueError: heads that do not divide the width; an odd head_dim with rotary positions; more tokens than
-                the cache can take.
+                the cache can take; a chunk with a cache; as `causal_attention`.
         """
         _, steps, width = x.shape
         if width % self.num_heads:
             raise ValueError(f"{self.num_heads} heads do not divide the width {width}")
+        if self.cache_length is not None and self.chunk is not None:
+            raise ValueError(f"chunk={self.chunk} has no meaning with a cache, which sees a few queries at a time")
         shape = (self.num_heads, width // self.num_heads)
-        q, k, v = (
-            nn.DenseGeneral(shape, use_bias=False, dtype=self.dtype, name=name)(x) for name in ("query", "key", "value")
-        )
+
+        def project(name: str) -> Array:
+            dense = nn.DenseGeneral(shape, use_bias=False, kernel_init=self.kernel_init, dtype=self.dtype, name=name)
+            return dense(x)
+
+        q, k, v = (project(name) for name in ("query", "key", "value"))
+        if self.qk_norm:
+            axes = (-2, -1)
+            q, k = (
+                nn.RMSNorm(NORM_EPSILON, dtype=self.dtype, reduction_axes=axes, feature_axes=axes, name=name)(each)
+                for name, each in (("query_norm", q), ("key_norm", k))
+            )
         if self.cache_length is None:
             if self.rotary:
                 q, k = (rotary(each, jnp.arange(steps)) for each in (q, k))
-            out = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+            out = causal_attention(q, k, v, self.chunk)
         else:
             out = self._continued(q, k, v, self.cache_length)
-        return nn.DenseGeneral(width, axis=(-2, -1), use_bias=False, dtype=self.dtype, name="out")(out)
+        return nn.DenseGeneral(
+            width, axis=(-2, -1), use_bias=False, kernel_init=self.out_init, dtype=self.dtype, name="out"
+        )(out)
 
     def _continued(self, q: Array, k: Array, v: Array, length: int) -> Array:
         batch, steps, *shape = q.shape

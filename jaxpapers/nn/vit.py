@@ -1,7 +1,11 @@
 """Vision Transformer (Dosovitskiy et al., arXiv 2010.11929): patches as tokens, pre-norm blocks, one vector out.
 
-encoder = ViTB16()
-z = encoder.apply(encoder.init(key, images), images)
+    encoder = ViTB16()
+    z = encoder.apply(encoder.init(key, images), images)
+
+It computes what torchvision's `vit_b_16` does: GELU with erf, LayerNorms with epsilon 1e-6, torch's attention with
+biases; and starts as it does but for the MLPs (see `ViT`). The authors' code, in JAX, has the same architecture and
+epsilon, but GELU by tanh and the matrices of attention and MLPs Xavier-uniform one by one.
 """
 
 from collections.abc import Callable
@@ -9,26 +13,25 @@ from functools import partial
 
 import flax.linen as nn
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jaxpapers.nn.attention import AttentionFunction, full_attention
 from jaxpapers.nn.encoder import EncoderBlock
-from jaxpapers.nn.initializers import torch_dense
 from jaxpapers.nn.patches import patchify
 from jaxpapers.nn.stack import Stack
+from jaxpapers.typing import AnyArray
 
-AnyArray = Array | np.ndarray
 POOLS = ("class", "mean")
-LAYER_NORM_EPSILON = 1e-6  # flax's, which the authors use; PyTorch's is 1e-5
+LAYER_NORM_EPSILON = 1e-6  # torchvision's ViT and the authors'; other layers of PyTorch have 1e-5
 
 
 class ViT(nn.Module):
     """Images to one vector each.
 
-    The patches' layer starts as torch.nn.Linear, blocks as torch's encoder layers, the learned positions are
-    N(0, 0.02^2), the class token is 0.
+    The patches' layer starts as N(0, 1 / inputs) with biases 0, the learned positions as N(0, 0.02^2), the class token
+    as 0, the attention as torch.nn.MultiheadAttention: all as in torchvision. The MLPs start as torch.nn.Linear
+    (torchvision's: Xavier-uniform, biases N(0, 1e-12)).
 
     Attributes:
         patch: pixels of a patch's side.
@@ -64,7 +67,8 @@ class ViT(nn.Module):
         if self.pool not in POOLS:
             raise ValueError(f"pool {self.pool!r} is unknown, expected one of {POOLS}")
         patches = patchify(x, (self.patch, self.patch))
-        tokens = torch_dense(self.width, patches.shape[-1], dtype=self.dtype, name="patches")(patches)
+        start = nn.initializers.normal(patches.shape[-1] ** -0.5)
+        tokens = nn.Dense(self.width, dtype=self.dtype, kernel_init=start, name="patches")(patches)
         if self.pool == "class":
             token = self.param("class_token", nn.initializers.zeros, (1, 1, self.width))
             shape = (len(x), 1, self.width)

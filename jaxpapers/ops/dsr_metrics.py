@@ -20,7 +20,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Key
 
-AnyArray = Array | np.ndarray
+from jaxpapers.typing import AnyArray
+
 BINNINGS = ("julia", "legacy", "python")
 PADDINGS = ("symmetric", "reflect")
 LAPLACE = 1e-5  # added to every cell's count

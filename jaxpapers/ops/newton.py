@@ -41,8 +41,8 @@ from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
 from jaxpapers.ops.fused import computed, fusable, fused_cotangents, fused_states
 from jaxpapers.ops.scan import affine_scan, affine_scan_sharded
+from jaxpapers.typing import AnyArray
 
-AnyArray = Array | np.ndarray
 Number = float | int
 Step = Callable[[Array, Any], Array]  # (state, input) -> state, of one time and one sequence
 Jacobian = Callable[[Array, Any], Array]

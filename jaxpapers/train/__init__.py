@@ -20,6 +20,7 @@ from jaxpapers.train.checkpoint import CheckpointMismatch, Checkpoints, nbytes
 from jaxpapers.train.files import write_whole
 from jaxpapers.train.loop import Best, Fitted, NonFiniteLoss, OnDevice, fit, update_program
 from jaxpapers.train.mesh import (
+    POPULATION_RULES,
     Rules,
     abstract,
     batch_part,
@@ -49,6 +50,7 @@ from jaxpapers.train.step import LossFn, TrainStep, make_train_step, scan_steps,
 from jaxpapers.train.stopping import Terminated, sigterm_noted, sigterm_raises
 
 __all__ = [
+    "POPULATION_RULES",
     "Best",
     "CheckpointMismatch",
     "Checkpoints",

@@ -26,6 +26,7 @@ from jaxpapers.train.state import TrainState
 
 AXES = ("data", "model", "seq")
 Rules = Sequence[tuple[str, PartitionSpec]]  # (regular expression, searched in the path; placement of the leaf)
+POPULATION_RULES: Rules = (("", PartitionSpec("data")),)  # every device trains its share of a population's models
 
 
 def make_mesh(data: int = 0, model: int = 1, seq: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:

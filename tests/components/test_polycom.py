@@ -13,8 +13,10 @@ from flax.errors import ScopeParamShapeError
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from experiments.components._polycom_theory import residual_bytes
 from jaxpapers.components import polycom
 from jaxpapers.components.polycom import FeedForward, MoEFeedForward, PolyCom, PolyNorm, PolyReLU, TransformerLM
+from jaxpapers.nn.language import language_loss
 from jaxpapers.nn.stack import stack_layers
 from jaxpapers.train import jit_once, make_mesh
 
@@ -259,18 +261,6 @@ def test_a_width_that_jit_splits_gives_the_whole_ones_values_and_gradients():
         np.testing.assert_allclose(ours, whole, rtol=1e-6, atol=2e-6)  # float32, sums in another order
 
 
-def residual_bytes(function, *args):
-    kept = {}
-
-    def trace(*args):
-        value, pull = jax.vjp(function, *args)
-        kept.update({id(leaf): leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(pull)})
-        return value
-
-    jax.eval_shape(trace, *args)
-    return sum(kept.values())
-
-
 def test_the_backward_pass_keeps_the_input_and_a_few_numbers_a_token():
     x, a = jnp.zeros((2048, 512)), jnp.zeros(4)
     assert residual_bytes(polycom.poly_norm, x, a) == x.nbytes + 3 * 4 * 2048 + a.nbytes
@@ -501,32 +491,6 @@ def test_logits_are_those_of_the_blocks_written_out(network):
     np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())  # float32
 
 
-@pytest.mark.parametrize("chunk", [1, 4, 7, 20])
-def test_attention_by_chunks_is_attention(chunk):
-    with jax.enable_x64(True):
-        q, k, v, g = (draw(seed, 2, 7, 3, 4) for seed in range(4))
-        q, k, v = (jnp.asarray(each) for each in (q, k, v))
-
-        def both(chunk):
-            y, pull = jax.vjp(partial(polycom.causal_attention, chunk=chunk), q, k, v)
-            return y, *pull(g)
-
-        scores = np.einsum("bqhd,bkhd->bhqk", q, k) / 2
-        weights = scipy.special.softmax(np.where(np.tril(np.ones((7, 7), bool)), scores, -np.inf), axis=-1)
-        ours, whole = jit_once(partial(both, chunk))(), jit_once(partial(both, None))()
-        # JAX's softmax is in float32 here as well.
-        np.testing.assert_allclose(ours[0], np.einsum("bhqk,bkhd->bqhd", weights, v), atol=1e-6)
-        for mine, expected in zip(ours, whole, strict=True):
-            np.testing.assert_allclose(mine, expected, atol=2e-6)
-
-
-def test_attention_by_chunks_never_holds_all_weights():
-    q = jnp.zeros((1, 64, 2, 4))
-    text = str(jax.make_jaxpr(jax.grad(lambda q: polycom.causal_attention(q, q, q, 8).sum()))(q))
-    assert ",8,64]" in text
-    assert ",64,64]" not in text
-
-
 def test_states_and_head_are_the_model(network):
     model, params, _, logits = network
     variables = {"params": params}
@@ -549,7 +513,7 @@ def test_remat_scan_and_chunks_change_nothing():
     def loss(model, params):
         logits, sown = model.apply({"params": params}, TOKENS, mutable="diagnostics")
         losses = polycom.router_losses(sown.get("diagnostics", {}))
-        return polycom.language_loss(logits, TOKENS)[0] + losses.load_balance + losses.z_loss
+        return language_loss(logits, TOKENS)[0] + losses.load_balance + losses.z_loss
 
     value, grads = jit_once(jax.value_and_grad(partial(loss, model)))(params)
     other, others = jit_once(jax.value_and_grad(partial(loss, deep)))(stacked)
@@ -586,25 +550,6 @@ def moe(**options):
 
 
 X = jnp.asarray(draw(5, 2, 6, 8), jnp.float32)
-
-
-@pytest.mark.parametrize("top_k", [1, 4])
-def test_routing(top_k):
-    logits = draw(6, 3, 5, 4)
-    with jax.enable_x64(True):
-        mask = np.ones((3, 5), bool)
-        mask[1, 3:] = False
-        routing = jit_once(partial(polycom.route, top_k=top_k))(logits, mask=mask)
-        p = scipy.special.softmax(logits, axis=-1)
-        np.testing.assert_allclose(routing.weights, -np.sort(-p, axis=-1)[..., :top_k], rtol=1e-12)
-        counts = np.bincount(np.argsort(-p, axis=-1)[mask][:, :top_k].ravel(), minlength=4)
-        np.testing.assert_allclose(routing.load, counts / (13 * top_k), rtol=1e-12)
-        expected = 4 * np.sum(counts / counts.sum() * p[mask].mean(0))
-        np.testing.assert_allclose(routing.load_balance, expected, rtol=1e-12)
-        z = scipy.special.logsumexp(logits[mask], axis=-1)
-        np.testing.assert_allclose(routing.z_loss, np.mean(z**2), rtol=1e-12)
-        uniform = jit_once(lambda logits: polycom.route(logits, 4).load_balance)(np.zeros((7, 4)))
-        np.testing.assert_allclose(uniform, 1, rtol=1e-12)
 
 
 @pytest.mark.parametrize("block", [1, 5])
@@ -652,17 +597,6 @@ def test_experts_over_devices_are_those_of_one_in_blocks_or_not():
     np.testing.assert_allclose(other, value, rtol=1e-6)
     for ours, leaf in zip(jax.tree.leaves(others), jax.tree.leaves(grads), strict=True):
         assert_close(ours, leaf, 1e-5)  # float32
-
-
-@pytest.mark.parametrize("block", [1, 3])
-def test_grouped_products_row_by_row(block):
-    sizes = np.array([3, 0, 6, 3])
-    rows, matrices = jnp.asarray(draw(0, 15, 4), jnp.float32), jnp.asarray(draw(1, 4, 4, 5), jnp.float32)
-    ours = jit_once(partial(polycom.grouped_dot, block=block))(rows, matrices, sizes)
-    owner = np.repeat(np.arange(4), sizes)
-    expected = np.einsum("ri,rio->ro", rows[:12], matrices[owner])
-    np.testing.assert_allclose(ours[:12], expected, rtol=1e-5, atol=1e-6)
-    np.testing.assert_array_equal(ours[12:], 0)  # padding
 
 
 def test_a_population_of_experts_is_each_by_itself():
@@ -786,12 +720,7 @@ def test_layer_similarity():
         (lambda: trace(language_model(num_heads=16), TOKENS), "even head_dim"),
         (lambda: trace(language_model(attention_chunk=0), TOKENS), "attention's chunk must be at least 1, got 0"),
         (lambda: polycom.weight_decay_mask({}, ("norm",)), r"nothing to decay is called \['norm'\]"),
-        (lambda: polycom.route(np.ones((2, 4)), 5), "top_k must be between 1 and the 4 experts, got 5"),
         (lambda: trace(moe(top_k=0), X), "top_k must be between"),
-        (
-            lambda: polycom.grouped_dot(np.ones((5, 2)), np.ones((1, 2, 2)), np.array([4]), 2),
-            "5 rows are no whole number",
-        ),
         (lambda: trace(moe(block=0), X), "block must be at least 1, got 0"),
         (lambda: trace(moe(activation="x"), X), "activation 'x' is unknown"),
         (lambda: polycom.rows_from_blocks(np.ones((5, 4, 4)), 12), "5 blocks of side 4 do not fill"),

@@ -83,8 +83,10 @@ def test_sizes_are_the_published_ones(make, parameters):
     assert count + 1000 * (model.width + 1) == parameters  # with a classifier of 1000 classes
 
 
-def test_positions_and_class_token_start_as_they_should():
+def test_patches_positions_and_class_token_start_as_they_should():
     params = run_once(ViT(2, 64, 1, 1, 8).init, jax.random.key(0), X)["params"]
+    np.testing.assert_allclose(np.std(params["patches"]["kernel"]), 12**-0.5, rtol=0.1)  # 768 draws
+    assert (params["patches"]["bias"] == 0).all()
     np.testing.assert_allclose(np.std(params["positions"]), 0.02, rtol=0.1)  # 1,600 draws
     assert (params["class_token"] == 0).all()
 

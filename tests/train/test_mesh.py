@@ -1,5 +1,6 @@
 """Several devices give the numbers of one: placement by rules, fsdp, checkpoints between meshes."""
 
+import re
 import tempfile
 from contextlib import closing
 from pathlib import Path
@@ -16,6 +17,7 @@ from jaxpapers.train import (
     Checkpoints,
     MetricsWriter,
     OnDevice,
+    abstract,
     create_state,
     fit,
     fsdp,
@@ -83,6 +85,27 @@ def test_eight_devices_give_the_losses_of_one(single, data, model, rules, split)
     assert kernel.sharding == moment.sharding
     devices = (data if split else 1) * (model if rules and model > 1 else 1)
     assert kernel.addressable_shards[0].data.size * devices == kernel.size
+
+
+def test_microbatches_on_a_mesh_are_those_of_one_device_and_no_row_moves():
+    mesh = make_mesh()
+    rules = fsdp(init_params(), mesh, min_size=64)
+    state = create_state(init_params(), OPTIMIZER)
+    shardings = state_shardings(state, mesh, rules)
+    alone, split = (
+        make_train_step(make_loss(), OPTIMIZER, microbatches=BATCH // 8, shardings=where) for where in (None, shardings)
+    )
+    expected = fit(state, alone, Tokens(), STEPS, key=KEY).state
+    state = create_state(init_params(), OPTIMIZER)
+    found = fit(state, split, Tokens(), STEPS, key=KEY, mesh=mesh, rules=rules).state
+    expected = dict(jax.tree.leaves_with_path(expected.params))
+    for path, mine in jax.tree.leaves_with_path(found.params):
+        if "['key']['bias']" not in jax.tree_util.keystr(path):  # rounding alone, as above
+            np.testing.assert_allclose(mine, expected[path], **CLOSE)
+    tokens = abstract(Tokens()[0], NamedSharding(mesh, P("data")))
+    program = jax.jit(split).lower(abstract(found, shardings), tokens, KEY).compile().as_text()
+    assert "all-reduce" in program
+    assert not re.search("all-to-all|collective-permute", program)
 
 
 def test_batches_made_on_the_mesh_are_those_of_one_device():

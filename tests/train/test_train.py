@@ -89,6 +89,35 @@ def test_sgd_equals_numpy():
     assert fitted.best is None
 
 
+@pytest.mark.parametrize("microbatches", [2, 4, 8])
+def test_an_update_in_parts_is_that_of_the_whole_batch(microbatches):
+    def squares(params, extra, batch, key):
+        rows = len(batch[0])
+        loss = jnp.mean((batch[0] @ params["w"] - batch[1]) ** 2)
+        return loss, (extra + rows, {"rows": jnp.float32(rows), "draw": jax.random.uniform(key)})
+
+    optimizer = optax.adam(1e-2)
+    state = create_state({"w": jnp.ones(3)}, optimizer, extra=jnp.zeros(()))
+    whole, expected = jax.jit(make_train_step(squares, optimizer))(state, HostBatches()[0], KEY)
+    step = jax.jit(make_train_step(squares, optimizer, microbatches=microbatches))
+    parts, metrics = step(state, HostBatches()[0], KEY)
+    np.testing.assert_allclose(parts.params["w"], whole.params["w"], rtol=1e-5)  # float32, sums in another order
+    for name in ("loss", "grad_norm"):
+        np.testing.assert_allclose(metrics[name], expected[name], rtol=1e-5)
+    assert metrics["rows"] == 8 // microbatches  # so many at a time
+    assert parts.extra == whole.extra == 8  # went through all of them
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(KEY, 0), jnp.arange(microbatches))
+    np.testing.assert_allclose(metrics["draw"], jax.vmap(jax.random.uniform)(keys).mean(), rtol=1e-6)
+
+
+def test_microbatches_that_do_not_fit_are_refused():
+    optimizer = optax.sgd(0.1)
+    with pytest.raises(ValueError, match="microbatches must be at least 1, got 0"):
+        make_train_step(least_squares, optimizer, microbatches=0)
+    with pytest.raises(ValueError, match="3 microbatches do not divide a batch of 8"):
+        make_train_step(least_squares, optimizer, microbatches=3)(new_state(optimizer), HostBatches()[0], KEY)
+
+
 def test_host_batches_and_device_batches_agree():
     host = train(30, HostBatches(), steps_per_call=5)
     device = train(30, OnDevice(device_batch), steps_per_call=5)

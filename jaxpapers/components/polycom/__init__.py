@@ -14,7 +14,7 @@ Where to read what:
 
 - `activations`: PolyNorm and PolyReLU with backward passes that keep x alone, the general form, the ablation's (Sec. 2)
 - `feed_forward`: the block with every activation, equal parameters, the authors' weights
-- `moe`: router, dropless experts with one shared PolyNorm, the block-sparse layout
+- `moe`: experts with one shared PolyNorm, router losses, the block-sparse layout; routing itself is `nn.moe`
 - `model`: the dense language model and the one with experts, their sizes and initialisation
 - `theory`: exact squares and products, local Taylor networks, ReLU's sawtooth (Sec. 3); effective rank
 
@@ -53,7 +53,6 @@ from jaxpapers.components.polycom.model import (
     Size,
     TransformerBlock,
     TransformerLM,
-    causal_attention,
     language_model,
     truncated_init,
     weight_decay_mask,
@@ -61,11 +60,7 @@ from jaxpapers.components.polycom.model import (
 from jaxpapers.components.polycom.moe import (
     MoEFeedForward,
     RouterLosses,
-    Routing,
-    apply_experts,
     blocks_from_rows,
-    grouped_dot,
-    route,
     router_losses,
     rows_from_blocks,
 )
@@ -78,7 +73,6 @@ from jaxpapers.components.polycom.theory import (
     local_taylor_network,
     sawtooth_square,
 )
-from jaxpapers.nn.language import LossTerms, chunked_language_loss, language_loss
 
 __all__ = [
     "ACTIVATIONS",
@@ -88,30 +82,23 @@ __all__ = [
     "RHOS",
     "SIZES",
     "FeedForward",
-    "LossTerms",
     "MoEFeedForward",
     "PolyCom",
     "PolyNorm",
     "PolyReLU",
     "PolyReLUNorm",
     "RouterLosses",
-    "Routing",
     "Size",
     "TransformerBlock",
     "TransformerLM",
-    "apply_experts",
     "blocks_from_rows",
-    "causal_attention",
-    "chunked_language_loss",
     "coeffs_from_reference",
     "coeffs_to_reference",
     "effective_rank",
     "exact_power",
     "exact_product",
     "exact_square",
-    "grouped_dot",
     "init_coeffs",
-    "language_loss",
     "language_model",
     "layer_similarity",
     "local_taylor_network",
@@ -121,7 +108,6 @@ __all__ = [
     "poly_relu",
     "polycom",
     "rms_normalise",
-    "route",
     "router_losses",
     "rows_from_blocks",
     "sawtooth_square",

@@ -20,8 +20,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxpapers.nn.encoder import gelu
-
-AnyArray = Array | np.ndarray
+from jaxpapers.typing import AnyArray
 
 EPSILON = 1e-6
 KINDS = ("I", "II")

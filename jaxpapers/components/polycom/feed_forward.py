@@ -22,9 +22,7 @@ from jaxpapers.components.polycom.activations import (
     coeffs_from_reference,
 )
 from jaxpapers.nn.encoder import gelu
-
-AnyArray = Array | np.ndarray
-Initializer = Callable[..., Array]
+from jaxpapers.typing import AnyArray, Initializer
 
 GATED = ("swiglu",)
 FIXED: dict[str, Callable[[Array], Array]] = {

@@ -11,117 +11,27 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from jaxpapers.components.polycom.feed_forward import GATED, FeedForward, Initializer, matched_hidden, small_init
+from jaxpapers.components.polycom.feed_forward import GATED, FeedForward, matched_hidden, small_init
 from jaxpapers.components.polycom.moe import MoEFeedForward
 from jaxpapers.nn.stack import Stack
-from jaxpapers.nn.transformer import rotary
+from jaxpapers.nn.transformer import NORM_EPSILON, CausalSelfAttention
+from jaxpapers.typing import AnyArray, Initializer
 
-AnyArray = Array | np.ndarray
-
-NORM_EPSILON = 1e-5
 truncated_init = nn.initializers.truncated_normal(0.02, lower=-3.0, upper=3.0)  # OLMoE's, of every matrix
 COEFFICIENTS = ("coeffs", "slope")
 
 
-def causal_attention(
-    q: Float[Array, "batch time heads head_dim"],
-    k: Float[Array, "batch time heads head_dim"],
-    v: Float[Array, "batch time heads head_dim"],
-    chunk: int | None = None,
-) -> Float[Array, "batch time heads head_dim"]:
-    """Softmax attention to the past and the present, in float32 at least.
-
-    Args:
-        q: queries.
-        k: keys.
-        v: values.
-        chunk: queries whose weights are held at once, and computed again in the backward pass: memory grows with
-            chunk * time, not with time^2. It need not divide the time. None: all queries at once.
-
-    Raises:
-        ValueError: a chunk below 1.
-    """
-    if chunk is None:
-        return jax.nn.dot_product_attention(q, k, v, is_causal=True)
-    if chunk < 1:
-        raise ValueError(f"attention's chunk must be at least 1, got {chunk}")
-    batch, time, *shape = q.shape
-    chunk = min(chunk, time)
-    filled = jnp.pad(q, ((0, 0), (0, -time % chunk), (0, 0), (0, 0)))
-    chunks = jnp.moveaxis(filled.reshape(batch, -1, chunk, *shape), 1, 0)
-
-    def attend(part: tuple[Array, Array]) -> Array:
-        start, q = part
-        past = jnp.arange(time) <= start + jnp.arange(chunk)[:, None]
-        return jax.nn.dot_product_attention(q, k, v, mask=past[None, None])
-
-    # The loop keeps XLA from merging the second computation with the first.
-    out = lax.map(jax.checkpoint(attend, prevent_cse=False), (chunk * jnp.arange(len(chunks)), chunks))
-    return jnp.moveaxis(out, 0, 1).reshape(filled.shape)[:, :time]
-
-
-class Attention(nn.Module):
-    """Causal self-attention with rotary positions, without biases; `nn.transformer`'s with an initialisation.
-
-    Attributes:
-        num_heads: they divide the width.
-        qk_norm: RMSNorm over the whole width of queries and of keys, before they are turned (OLMoE).
-        kernel_init: of query, key and value.
-        out_init: of the output projection.
-        dtype: of the computation; None: that of inputs and parameters.
-        chunk: queries at once (see `causal_attention`).
-    """
-
-    num_heads: int
-    qk_norm: bool
-    kernel_init: Initializer
-    out_init: Initializer
-    dtype: DTypeLike | None = None
-    chunk: int | None = None
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "batch time width"]) -> Float[Array, "batch time width"]:
-        """Attends.
-
-        Raises:
-            ValueError: heads that do not divide the width; an odd width of a head; as `causal_attention`.
-        """
-        _, steps, width = x.shape
-        if width % self.num_heads:
-            raise ValueError(f"{self.num_heads} heads do not divide the width {width}")
-        shape = (self.num_heads, width // self.num_heads)
-
-        def project(name: str) -> Array:
-            dense = nn.DenseGeneral(shape, use_bias=False, kernel_init=self.kernel_init, dtype=self.dtype, name=name)
-            return dense(x)
-
-        q, k, v = (project(name) for name in ("query", "key", "value"))
-        if self.qk_norm:
-            axes = (-2, -1)
-            q, k = (
-                nn.RMSNorm(NORM_EPSILON, dtype=self.dtype, reduction_axes=axes, feature_axes=axes, name=name)(each)
-                for name, each in (("query_norm", q), ("key_norm", k))
-            )
-        q, k = (rotary(each, jnp.arange(steps)) for each in (q, k))
-        out = causal_attention(q, k, v, self.chunk)
-        return nn.DenseGeneral(
-            width, axis=(-2, -1), use_bias=False, kernel_init=self.out_init, dtype=self.dtype, name="out"
-        )(out)
-
-
 class TransformerBlock(nn.Module):
-    """x <- x + Attention(RMSNorm(x)); x <- x + FFN(RMSNorm(x)).
+    """x <- x + attention(RMSNorm(x)); x <- x + FFN(RMSNorm(x)).
 
     Attributes:
         num_heads: of the attention.
         feed_forward: makes the second half from `dtype` and `name`.
-        qk_norm: see `Attention`.
+        qk_norm: as of `CausalSelfAttention`.
         kernel_init: of query, key and value.
         out_init: of the attention's output projection.
         dtype: of the computation; None: that of inputs and parameters.
@@ -141,8 +51,15 @@ class TransformerBlock(nn.Module):
         self, x: Float[Array, "batch time width"], mask: Bool[Array, "batch time"] | None = None
     ) -> Float[Array, "batch time width"]:
         """Applies the block; a mask goes to the second half."""
-        options = (self.qk_norm, self.kernel_init, self.out_init, self.dtype, self.attention_chunk)
-        attention = Attention(self.num_heads, *options, name="attention")
+        attention = CausalSelfAttention(
+            self.num_heads,
+            dtype=self.dtype,
+            qk_norm=self.qk_norm,
+            chunk=self.attention_chunk,
+            kernel_init=self.kernel_init,
+            out_init=self.out_init,
+            name="attention",
+        )
         x = x + attention(nn.RMSNorm(NORM_EPSILON, dtype=self.dtype, name="attention_norm")(x))
         y = nn.RMSNorm(NORM_EPSILON, dtype=self.dtype, name="mlp_norm")(x)
         mlp = self.feed_forward(dtype=self.dtype, name="mlp")
@@ -245,7 +162,7 @@ class TransformerLM(nn.Module):
                 it: attention is causal.
 
         Raises:
-            ValueError: see `Attention`, `FeedForward` and `MoEFeedForward`; units that have no gated match.
+            ValueError: see `CausalSelfAttention`, `FeedForward` and `MoEFeedForward`; units that have no gated match.
         """
         return self.logits(self.states(tokens, mask))
 

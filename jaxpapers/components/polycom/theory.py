@@ -10,12 +10,10 @@ import math
 from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
 from jaxpapers.components.polycom.activations import poly_relu
-
-AnyArray = Array | np.ndarray
+from jaxpapers.typing import AnyArray
 
 
 def exact_power(z: Float[AnyArray, "*shape"], exponent: int) -> Float[Array, "*shape"]:

@@ -13,7 +13,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
-AnyArray = Array | np.ndarray
+from jaxpapers.typing import AnyArray
+
 NumPWL = int | np.integer | Int[Array, ""]
 
 

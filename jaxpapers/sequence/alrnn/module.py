@@ -7,8 +7,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from jaxpapers.sequence.alrnn.model import AnyArray, generate, init_params
+from jaxpapers.sequence.alrnn.model import generate, init_params
 from jaxpapers.sequence.alrnn.training import teacher_forced
+from jaxpapers.typing import AnyArray
 
 
 class ALRNN(nn.Module):

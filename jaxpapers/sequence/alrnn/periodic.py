@@ -12,7 +12,8 @@ import jax
 import numpy as np
 from jaxtyping import Array, Key, Shaped
 
-from jaxpapers.sequence.alrnn.model import ALRNNParams, AnyArray, check_num_pwl
+from jaxpapers.sequence.alrnn.model import ALRNNParams, check_num_pwl
+from jaxpapers.typing import AnyArray
 
 MAX_WORDS = 1_000_000
 

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from jaxpapers.sequence.alrnn.model import AnyArray, check_num_pwl
+from jaxpapers.sequence.alrnn.model import check_num_pwl
+from jaxpapers.typing import AnyArray
 
 
 class SymbolicCode(NamedTuple):

@@ -6,7 +6,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from jaxpapers.nn.initializers import torch_default_bias_init, torch_default_kernel_init
-from jaxpapers.sequence.koopman.information import AnyArray
+from jaxpapers.typing import AnyArray
 
 DROPOUT = 0.1
 

@@ -10,8 +10,7 @@ from jax import lax
 from jax.scipy.linalg import solve_triangular
 from jaxtyping import Array, Float
 
-AnyArray = Array | np.ndarray
-
+from jaxpapers.typing import AnyArray
 
 FLOOR = 1e-8  # of an eigenvalue: rounding makes small ones negative
 

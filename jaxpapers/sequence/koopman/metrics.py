@@ -6,7 +6,7 @@ from jaxtyping import Array, Float
 from scipy import ndimage
 
 from jaxpapers.ops.dsr_metrics import power_spectrum_hellinger
-from jaxpapers.sequence.koopman.information import AnyArray
+from jaxpapers.typing import AnyArray
 
 
 def nrmse(

@@ -8,7 +8,8 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Key
 
 from jaxpapers.nn.initializers import torch_default_bias_init, torch_default_kernel_init
-from jaxpapers.sequence.koopman.information import AnyArray, info_nce, von_neumann_entropy
+from jaxpapers.sequence.koopman.information import info_nce, von_neumann_entropy
+from jaxpapers.typing import AnyArray
 
 Weight = float | int | Float[Array, ""]
 

@@ -9,7 +9,7 @@ from jax import lax
 from jax.scipy.linalg import solve, solve_triangular
 from jaxtyping import Array, Complex, Float, Key
 
-from jaxpapers.sequence.koopman.information import AnyArray
+from jaxpapers.typing import AnyArray
 
 
 def ridge_operator(

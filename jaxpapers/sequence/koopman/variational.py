@@ -16,8 +16,9 @@ from flax import linen as nn
 from jax import lax
 from jaxtyping import Array, Float, Key, PyTree
 
-from jaxpapers.sequence.koopman.information import AnyArray, info_nce, von_neumann_entropy
+from jaxpapers.sequence.koopman.information import info_nce, von_neumann_entropy
 from jaxpapers.sequence.koopman.model import Weight, near_identity
+from jaxpapers.typing import AnyArray
 
 
 class Gaussian(NamedTuple):

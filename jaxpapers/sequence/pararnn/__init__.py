@@ -22,7 +22,7 @@ Where to read what:
     model = language_model(SIZES["400M"]["gru"], dtype=jnp.bfloat16, scan=True, remat=True)
     params = model.init(key, tokens)["params"]
     logits, sown = model.apply({"params": params}, tokens[:, :-1], mutable="diagnostics")
-    loss, terms = language_loss(logits, tokens[:, 1:])
+    loss, terms = language_loss(logits, tokens[:, 1:], z_loss=1e-4)
     params = project_recurrent(params, 0.5)                      # after every optimiser step
     new = generate(key, model, params, tokens[:, :16], 100)
 """

@@ -15,14 +15,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray, Shaped
 
 from jaxpapers.ops.newton import Number, Solution, solve_recurrence
-
-AnyArray = Array | np.ndarray
+from jaxpapers.typing import AnyArray
 
 NONLINEARITIES: dict[str, Callable[[Array], Array]] = {
     "identity": lambda x: x,

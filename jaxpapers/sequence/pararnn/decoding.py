@@ -10,14 +10,13 @@ layer, for Mamba2 likewise; for a Transformer the keys and values of `cache_leng
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, Shaped
 
 from jaxpapers.nn.stack import unstack_layers
 from jaxpapers.sequence.pararnn.model import ParaRNNLM
+from jaxpapers.typing import AnyArray
 
-AnyArray = Array | np.ndarray
 Params = dict[str, PyTree[Shaped[AnyArray, "..."]]]
 State = PyTree[Shaped[AnyArray, "..."]]
 

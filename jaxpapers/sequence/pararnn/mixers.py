@@ -28,8 +28,7 @@ from jaxpapers.sequence.pararnn.cells import (
     preactivations,
     solve,
 )
-
-AnyArray = Array | np.ndarray
+from jaxpapers.typing import AnyArray
 
 CONV_WIDTH = 4
 NORM_EPSILON = 1e-5

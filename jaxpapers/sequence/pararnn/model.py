@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax.core import FrozenDict
 from jax.sharding import Sharding
 from jax.typing import DTypeLike
@@ -23,8 +22,7 @@ from jaxpapers.sequence.pararnn.mixers import (
     ParaRNNMixer,
     make_cell,
 )
-
-AnyArray = Array | np.ndarray
+from jaxpapers.typing import AnyArray
 
 VOCABULARY = 50_432  # the GPT-NeoX tokenizer's, padded
 MIXERS = (*CELLS, "mamba2", "attention")
