@@ -92,11 +92,15 @@ def density_table(metrics: Metrics, names: Sequence[str], spacings: Sequence[int
     return "\n".join(lines) + "\n"
 
 
+def has_papers_pilots(num_subcarriers: int, config: ConfigDict) -> bool:
+    """Whether a grid so wide is the paper's, with its pilots: 120 subcarriers, every third one from the second on."""
+    pilots = pilots_of(config, num_subcarriers)
+    return num_subcarriers == 120 and all(map(np.array_equal, pilots, tdl.pilot_indices(120, 3)))
+
+
 def is_papers_grid(config: ConfigDict) -> bool:
     """Whether what the paper reports is of this grid, these pilots and this noise."""
-    grid = config.grid
-    whole = (grid.subcarriers, grid.spacing, tuple(grid.columns)) == (120, 3, (2, 11))
-    return whole and config.snr_reference == "grid"
+    return has_papers_pilots(config.grid.subcarriers, config) and config.snr_reference == "grid"
 
 
 def comparison(metrics: Metrics, config: ConfigDict) -> str:
@@ -149,13 +153,14 @@ def draw_sweeps(metrics: Metrics, config: ConfigDict) -> Figure:
     return figure
 
 
-def draw_closed_forms(metrics: Metrics) -> Figure:
-    """Bilinear interpolation, pooled LMMSE and the bound on the paper's grid, for both SNR references.
+def draw_closed_forms(metrics: Metrics, config: ConfigDict) -> Figure:
+    """Bilinear interpolation, pooled LMMSE and the bound on a wide grid, for both SNR references.
 
-    Lines are closed forms, crosses simulations, dots what the paper reports for AdaFortiTran.
+    Lines are closed forms, crosses simulations, dots what the paper reports for AdaFortiTran, where the grid is its.
     """
     figure, grid = figures.plt.subplots(2, 3, figsize=(10.5, 6.6), squeeze=False, sharey="row", layout="constrained")
     checked = np.asarray(metrics["closed/checked"])
+    is_papers = has_papers_pilots(config.closed_forms.subcarriers, config)
     colours = dict(zip(CLOSED, (figures.GREY, "#56b4e9", "#000000"), strict=True))
     for reference, axes in zip(tdl.SNR_REFERENCES, grid, strict=True):
         for place, (sweep, ax) in enumerate(zip(SWEEPS, axes, strict=True)):
@@ -166,7 +171,7 @@ def draw_closed_forms(metrics: Metrics) -> Figure:
                 for point, value in zip(checked, metrics[f"closed/{reference}/{name}/simulated"], strict=True):
                     if tuple(point.tolist()) in SWEEPS[sweep]:
                         ax.plot(point[place], value, "x", color=colour)
-            if reference == "grid" and sweep in PUBLISHED:
+            if is_papers and reference == "grid" and sweep in PUBLISHED:
                 label = "AdaFortiTran, as published (fixed channels)"
                 ax.plot(x, PUBLISHED[sweep], "o", color="#0072b2", markersize=4, label=label)
             ax.set(xlabel=LABELS[sweep], title=f"SNR of the {reference}, {TITLES[sweep]}")

@@ -53,7 +53,7 @@ def rows_of(sweep: str) -> slice:
 
 
 def decibels(values: Any) -> np.ndarray:
-    """10 log10."""
+    """10 log10 in float64 on the host: `to_db` of the library is JAX's, and float32."""
     return 10 * np.log10(np.asarray(values, float))
 
 
@@ -73,17 +73,13 @@ class Linear(NamedTuple):
     errors: dict[str, np.ndarray]
 
 
-def linear_estimators(num_subcarriers: int, reference: str, config: ConfigDict, profile: str = "TDL-A") -> Linear:
-    """All closed forms of a grid and an SNR reference, in float64; errors on slots of a profile.
-
-    Bilinear and pooled estimators stay those of TDL-A, which the training has; the matched one knows the profile.
-    """
+def linear_estimators(num_subcarriers: int, reference: str, config: ConfigDict) -> Linear:
+    """All closed forms of a grid and an SNR reference on slots of TDL-A, in float64."""
     grid, pilots = grid_of(config, num_subcarriers), pilots_of(config, num_subcarriers)
-    size = (grid.num_subcarriers, grid.num_symbols)
     snrs, spreads, shifts = conditions_of(config)
 
-    def covariance(spread: Array, shift: Array, profile: str = "TDL-A") -> tuple[Array, Array]:
-        return tdl.channel_covariance(profile, 1e-9 * spread, shift, grid)
+    def covariance(spread: Array, shift: Array) -> tuple[Array, Array]:
+        return tdl.channel_covariance("TDL-A", 1e-9 * spread, shift, grid)
 
     @jax.jit
     def pool() -> Array:
@@ -92,22 +88,40 @@ def linear_estimators(num_subcarriers: int, reference: str, config: ConfigDict, 
         J = jnp.mean(jax.vmap(lambda shift: covariance(jnp.zeros(()), shift)[1])(jnp.asarray(shifts)), axis=0)
         return lmmse_matrix(F, J, *pilots, jnp.mean(tdl.noise_variance(snrs, grid, pilots, reference)))
 
+    with jax.enable_x64(True):
+        bilinear = bilinear_matrix(*pilots, grid.num_subcarriers, grid.num_symbols)
+        return _at_points(bilinear, jax.device_get(pool()), "TDL-A", grid, pilots, reference)
+
+
+def on_profile(linear: Linear, profile: str, config: ConfigDict) -> Linear:
+    """The closed forms of the models' grid on slots of another profile.
+
+    Bilinear and pooled estimators stay those of TDL-A, which the training has; the matched one knows the profile.
+    """
+    place = grid_of(config), pilots_of(config), config.snr_reference
+    with jax.enable_x64(True):
+        return _at_points(linear.bilinear, linear.pooled, profile, *place)
+
+
+def _at_points(
+    bilinear: np.ndarray, pooled: np.ndarray, profile: str, grid: tdl.OfdmGrid, pilots: tdl.Pilots, reference: str
+) -> Linear:
+    """The matched estimators of the points, and what all leave there."""
+
     @jax.jit
     def at(matrices: tuple, points: Array) -> tuple[Array, dict[str, Array]]:
         def one(point: Array) -> tuple[Array, dict[str, Array]]:
             snr, spread, shift = point
-            case = (*covariance(spread, shift, profile), *pilots, tdl.noise_variance(snr, grid, pilots, reference))
+            covariances = tdl.channel_covariance(profile, 1e-9 * spread, shift, grid)
+            case = (*covariances, *pilots, tdl.noise_variance(snr, grid, pilots, reference))
             matched = lmmse_matrix(*case)
             estimators = dict(zip(CLOSED, (*matrices, matched), strict=True))
             return matched, {name: jnp.mean(linear_error(G, *case)) for name, G in estimators.items()}
 
         return lax.map(one, points)
 
-    with jax.enable_x64(True):
-        bilinear = bilinear_matrix(*pilots, *size)
-        pooled = pool()
-        matched, errors = at((bilinear, pooled), POINTS.astype(float))
-        return Linear(bilinear, *jax.device_get((pooled, matched, errors)))
+    matched, errors = jax.device_get(at((bilinear, pooled), POINTS.astype(float)))
+    return Linear(bilinear, pooled, matched, errors)
 
 
 def training_bound(config: ConfigDict) -> float:
@@ -215,25 +229,35 @@ def _linear_errors(matrices: Array, tests: tdl.Batch, size: tuple[int, int]) -> 
     return lax.map(point, (jnp.broadcast_to(matrices, (len(POINTS), *matrices.shape[-2:])), tests))
 
 
-def score_linear(
-    stage: str, linear: Linear, tests: tdl.Batch, bank: tdl.ChannelBank, config: ConfigDict
-) -> dict[str, np.ndarray]:
-    """(1, points) in dB of bilinear interpolation and of the pooled, the sample and the matched LMMSE."""
-    grid = grid_of(config)
-    size = (grid.num_subcarriers, grid.num_symbols)
+def fit_sample(stage: str, bank: tdl.ChannelBank, config: ConfigDict) -> np.ndarray:
+    """The LMMSE of the stage's own training slots, as the authors fit it: (cells, pilots)."""
 
     @jax.jit
-    def sample(key: Array) -> Array:
-        """The LMMSE of the stage's own training slots, as the authors fit it."""
-        slots = slots_of(jax.random.split(key, config.sample_slots), stage, bank, config)
-        return lmmse_filter(*fit_sample_covariances(slots.ls, slots.h), jnp.mean(slots.noise_var))
+    def fit(key: Array) -> Array:
+        def moments(keys: Array) -> tuple[Array, Array, Array]:
+            slots = slots_of(keys, stage, bank, config)
+            return *fit_sample_covariances(slots.ls, slots.h), jnp.mean(slots.noise_var)
 
+        def add(total: tuple, keys: Array) -> tuple[tuple, None]:
+            return jax.tree.map(jnp.add, total, moments(keys)), None
+
+        keys = jax.random.split(key, (config.sample_slots // config.test_chunk, config.test_chunk))
+        start = jax.tree.map(lambda part: jnp.zeros(part.shape, part.dtype), jax.eval_shape(moments, keys[0]))
+        total, _ = lax.scan(add, start, keys)
+        return lmmse_filter(*(part / len(keys) for part in total))
+
+    return jax.device_get(fit(jax.random.key(config.seed)))
+
+
+def score_linear(linear: Linear, sample: np.ndarray, tests: tdl.Batch) -> dict[str, np.ndarray]:
+    """(1, points) in dB of bilinear interpolation and of the pooled, the sample and the matched LMMSE."""
     estimators = {
         "bilinear": linear.bilinear,
         "pooled": linear.pooled,
-        "sample": sample(jax.random.key(config.seed)),
+        "sample": sample,
         "matched": linear.matched,
     }
+    size = tests.h.shape[-2:]
     return {
         name: decibels(_linear_errors(jnp.asarray(G, jnp.complex64), tests, size))[None]
         for name, G in estimators.items()

@@ -44,6 +44,7 @@ from jaxpapers.train import (
 )
 
 STAGES = ("fixed", "fresh")
+OTHERS = ("cevit", "sisrafnet", "linear")  # networks of one depth, which `config.layers` does not have
 
 
 def grid_of(config: ConfigDict, num_subcarriers: int = 0) -> tdl.OfdmGrid:
@@ -65,7 +66,7 @@ def conditions_of(config: ConfigDict) -> tuple[np.ndarray, np.ndarray, np.ndarra
 
 
 def condition_scale(config: ConfigDict) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    """Means and standard deviations of the training's conditions, where the adapter takes them standardised."""
+    """Means and standard deviations of the training's conditions, where adapters take them standardised."""
     if not config.model.standardise:
         return None
     values = conditions_of(config)
@@ -138,10 +139,11 @@ def draw_slots(key: Array, step: Array | int, stage: str, bank: tdl.ChannelBank,
 
 
 def network(name: str, config: ConfigDict) -> nn.Module:
-    """The model of a name; those of `config.layers` are (Ada)FortiTrans."""
+    """The model of a name: of `OTHERS`, or of `config.layers`, which are (Ada)FortiTrans."""
     recipe, grid, pilots = config.model, grid_of(config), pilots_of(config)
     size = (grid.num_subcarriers, grid.num_symbols)
     shape = (len(pilots.rows), len(pilots.columns))
+    encoder = {"dropout_rate": recipe.dropout, "dtype": jnp.dtype(recipe.dtype)}
     match name:
         case "linear":
             return LinearEstimator(size, shape)
@@ -149,12 +151,13 @@ def network(name: str, config: ConfigDict) -> nn.Module:
             return SisRafNet(size, shape, recipe.sisrafnet_channels, recipe.sisrafnet_width)
         case "cevit":
             places = (tuple(pilots.rows.tolist()), tuple(pilots.columns.tolist()))
-            return CEViT(size, *places, tuple(recipe.cevit_patch), recipe.cevit_width, dropout_rate=recipe.dropout)
+            scale = condition_scale(config)
+            return CEViT(size, *places, tuple(recipe.cevit_patch), recipe.cevit_width, condition_scale=scale, **encoder)
     options = {
+        **encoder,
         "width": recipe.width,
         "num_heads": recipe.num_heads,
         "num_layers": config.layers[name],
-        "dropout_rate": recipe.dropout,
         "remat": recipe.remat,
     }
     patch = tuple(recipe.patch)
@@ -208,12 +211,13 @@ def set_up(
     """State, update and batches of a model on a stage: of one seed, or (None) of the population of all."""
     model, optimizer = network(name, config), optimizer_of(stage, config)
     pilots = pilots_of(config)
-    probe = (1, len(pilots.rows), len(pilots.columns))
+    ls = jax.ShapeDtypeStruct((1, len(pilots.rows), len(pilots.columns)), jnp.complex64)
+    probe = (ls, jax.ShapeDtypeStruct((1, 3), jnp.float32))
     seeds = jax.random.split(jax.random.key(config.seed), config.num_seeds)
     init_keys, data_keys, keys = jnp.moveaxis(jax.vmap(lambda key: jax.random.split(key, 3))(seeds), 1, 0)
 
     def init(key: Array) -> Any:
-        return model.init(key, jnp.zeros(probe, jnp.complex64), jnp.zeros((1, 3)))["params"]
+        return model.lazy_init(key, *probe)["params"]
 
     def loss_fn(params: Any, extra: Any, batch: tdl.Batch, key: Array) -> tuple:
         estimate = model.apply(
@@ -274,7 +278,8 @@ def train(
     every = {"steps_per_call": recipe.updates_per_call, "log_every": recipe.log_every}
     if config.together:
         setup = set_up(stage, name, None, bank, config)
-        fitted = run.fit(title, *setup[1:4], updates, key=setup.keys, **every)
+        parts = (setup.state, setup.train_step, setup.batches)
+        fitted = run.fit(title, *parts, updates, key=setup.keys, **every)
         return setup.model, to_host(fitted.state.params)
     found = []
     for seed in range(config.num_seeds):
@@ -282,7 +287,9 @@ def train(
         validate = validation_program(stage, setup.model, bank, config, run.mesh)
         best = run.fit(
             f"{title}_{seed}",
-            *setup[1:4],
+            setup.state,
+            setup.train_step,
+            setup.batches,
             updates,
             key=setup.keys,
             **every,

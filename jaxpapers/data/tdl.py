@@ -22,6 +22,7 @@ Everything but the readers is jittable; conditions are columns (SNR in dB, delay
 
 import json
 import re
+import zlib
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -36,8 +37,8 @@ from jaxtyping import Array, Complex, Float, PRNGKeyArray
 from scipy.io.matlab import MatReadError
 
 from jaxpapers.data.download import CorruptData, OfficialFile, open_data
+from jaxpapers.typing import AnyArray
 
-AnyArray = Array | np.ndarray
 Number = float | int | Float[AnyArray, ""]
 
 # (delays over the delay spread, powers in dB) of TR 38.901, Tables 7.7.2-1 to 7.7.2-3.
@@ -80,6 +81,7 @@ CYCLIC_PREFIX = (20, *(18,) * 6, 20, *(18,) * 6)  # samples, of a slot of 1 ms a
 LINE_OF_SIGHT_DOPPLER = 0.7  # of f_D: TR 38.901, Sec. 7.7.2
 SNR_REFERENCES = ("grid", "pilot")
 REALISATIONS = ("fresh", "fixed")
+BESSEL_RANGE = 30  # arguments of `bessel_j0` are below
 
 
 class TapTable(NamedTuple):
@@ -338,9 +340,22 @@ def frequency_response(
 
 
 def bessel_j0(x: Float[AnyArray, "*shape"]) -> Float[Array, "*shape"]:
-    """J0(x) = mean over the circle of cos(x cos a): 64 angles are exact to rounding for |x| < 30."""
+    """J0(x) = mean over the circle of cos(x cos a): 64 angles are exact to rounding for |x| < 30.
+
+    Raises:
+        ValueError: larger arguments; where they are traced their values are NaN instead.
+    """
+    if not isinstance(x, jax.core.Tracer) and (largest := np.max(np.abs(x), initial=0)) >= BESSEL_RANGE:
+        raise ValueError(f"bessel_j0 takes |x| < {BESSEL_RANGE}, got {largest}")
+    x = jnp.asarray(x)
     angles = 2 * np.pi * (np.arange(64) + 0.5) / 64
-    return jnp.mean(jnp.cos(jnp.asarray(x)[..., None] * np.cos(angles)), axis=-1)
+    return jnp.where(jnp.abs(x) < BESSEL_RANGE, jnp.mean(jnp.cos(x[..., None] * np.cos(angles)), axis=-1), jnp.nan)
+
+
+def doppler_limit(grid: OfdmGrid) -> float:
+    """The Doppler shift in Hz that `channel_covariance` cannot reach: 30 / (2 pi (t_T - t_1)), none for one symbol."""
+    duration = np.ptp(grid.times())
+    return float(BESSEL_RANGE / (2 * np.pi * duration)) if duration else np.inf
 
 
 def channel_covariance(
@@ -350,12 +365,16 @@ def channel_covariance(
 
         F[k, k'] = sum_p P_p exp(-2 pi i (f_k - f_k') tau_p),    J[l, l'] = J0(2 pi f_D (t_l - t_l'))
 
+    Doppler shifts are below `doppler_limit`, 5,144 Hz for the 14 symbols of a slot: see `bessel_j0`.
+
     Raises:
         ValueError: an unknown profile, one with a line of sight (its covariance is no such product), a negative delay
-            spread or Doppler shift.
+            spread or Doppler shift, or one at the limit or above (where it is traced, J is NaN instead).
     """
     _reject_negative("delay spread", delay_spread_s)
     _reject_negative("Doppler shift", doppler_hz)
+    if not isinstance(doppler_hz, jax.core.Tracer) and doppler_hz >= (limit := doppler_limit(grid)):
+        raise ValueError(f"the Doppler shift must be below {limit:,.0f} Hz on this grid, got {doppler_hz}")
     table = tap_table(profile) if isinstance(profile, str) else profile
     if table.line_of_sight:
         raise ValueError(f"the covariance of {profile} is no Kronecker product: it has a line of sight")
@@ -553,8 +572,10 @@ def simulate_batch(
     return Batch(at_pilots + lax.complex(noise[0], noise[1]), h, jnp.asarray(conditions), variance)
 
 
+NUMBER = r"\d+(?:\.\d+)?"
 NAME = re.compile(
-    r"(?P<number>\d+)_SNR-(?P<snr>-?[\d.]+)_DS-(?P<spread>[\d.]+)_DOP-(?P<shift>[\d.]+)_N-\d+_(?P<profile>TDL-\w+)\.mat"
+    rf"(?P<number>\d+)_SNR-(?P<snr>-?{NUMBER})_DS-(?P<spread>{NUMBER})_DOP-(?P<shift>{NUMBER})_N-\d+"
+    r"_(?P<profile>TDL-\w+)\.mat"
 )
 
 
@@ -566,12 +587,13 @@ def read_mat_slots(folder: str | Path, pilot_shape: tuple[int, int]) -> Batch:
     the authors estimated; where it is missing, that is NaN here.
 
     Args:
-        folder: with nothing but such .mat files.
+        folder: with nothing but such .mat files, of one profile and one pattern of pilots.
         pilot_shape: (r, c).
 
     Raises:
         FileNotFoundError: no .mat file in the folder.
-        CorruptData: a file of another name or content, or with another number of pilots than r * c.
+        CorruptData: a file of another name or content, or whose pilots are not all crossings of r rows and c columns;
+            files of several profiles, shapes or patterns.
     """
     files = sorted(Path(folder).glob("*.mat"))
     if not files:
@@ -582,29 +604,52 @@ def read_mat_slots(folder: str | Path, pilot_shape: tuple[int, int]) -> Batch:
         if match is None:
             raise CorruptData(f"{path} is not named {{i}}_SNR-{{dB}}_DS-{{ns}}_DOP-{{Hz}}_N-{{spacing}}_TDL-A.mat")
         matches[int(match["number"]), path] = match
-    ordered = [_read_slot(place[1], matches[place], pilot_shape) for place in sorted(matches)]
-    if len(shapes := {slot.h.shape for slot in ordered}) > 1:
+    if len(profiles := {match["profile"] for match in matches.values()}) > 1:
+        raise CorruptData(f"the slots in {folder} have several profiles: {sorted(profiles)}")
+    slots, patterns = [], set()
+    for place in sorted(matches):
+        slot, pattern = _read_slot(place[1], matches[place], pilot_shape)
+        slots.append(slot)
+        patterns.add(pattern)
+    if len(shapes := {slot.h.shape for slot in slots}) > 1:
         raise CorruptData(f"the slots in {folder} have several shapes: {sorted(shapes)}")
-    return Batch(*(np.stack(parts) for parts in zip(*ordered, strict=True)))
+    if len(patterns) > 1:
+        raise CorruptData(f"the slots in {folder} have several patterns of pilots (rows, columns): {sorted(patterns)}")
+    return Batch(*(np.stack(parts) for parts in zip(*slots, strict=True)))
 
 
-def _read_slot(path: Path, match: re.Match[str], pilot_shape: tuple[int, int]) -> Batch:
-    """One slot, without the batch axis."""
+def _read_slot(path: Path, match: re.Match[str], pilot_shape: tuple[int, int]) -> tuple[Batch, tuple]:
+    """One slot, without the batch axis, and the rows and columns of its pilots."""
     try:
         content = scipy.io.loadmat(path)
-    except (ValueError, TypeError, NotImplementedError, OSError, MatReadError) as error:
+    except (ValueError, TypeError, NotImplementedError, OSError, IndexError, zlib.error, MatReadError) as error:
         raise CorruptData(f"{path} is no .mat file that SciPy can read ({error})") from error
     planes = content.get("H")
     if planes is None or planes.ndim != 3 or planes.shape[2] < 2:
         raise CorruptData(f"{path} needs H of shape (K, T, 2), found {None if planes is None else planes.shape}")
-    found = planes[..., 1][planes[..., 1] != 0]  # row-major
-    if found.size != pilot_shape[0] * pilot_shape[1]:
-        raise CorruptData(f"{path} has {found.size} pilots, expected {pilot_shape[0]} x {pilot_shape[1]}")
+    if not _finite(planes):
+        raise CorruptData(f"{path} needs H of finite numbers")
+    estimates = planes[..., 1]
+    rows, columns = (np.flatnonzero(estimates.any(axis=axis)) for axis in (1, 0))
+    found = estimates[estimates != 0]  # row-major
+    if (len(rows), len(columns)) != tuple(pilot_shape) or found.size != len(rows) * len(columns):
+        raise CorruptData(
+            f"{path} has {found.size} pilots in {len(rows)} rows and {len(columns)} columns, "
+            f"expected all crossings of {pilot_shape[0]} and {pilot_shape[1]}"
+        )
+    variance = np.asarray(content.get("var_hat", np.nan))
+    is_one = variance.size == 1 and np.isrealobj(variance) and _finite(variance) and variance >= 0
+    if "var_hat" in content and not is_one:
+        raise CorruptData(f"{path} needs var_hat to be one number, at least 0, found {variance}")
+    ls, h = found.reshape(pilot_shape).astype(np.complex64), planes[..., 0].astype(np.complex64)
     conditions = np.array([match["snr"], match["spread"], match["shift"]], np.float32)
-    variance = np.asarray(content.get("var_hat", np.nan), np.float32).reshape(-1)[0, ...]
-    return Batch(
-        found.reshape(pilot_shape).astype(np.complex64), planes[..., 0].astype(np.complex64), conditions, variance
-    )
+    slot = Batch(ls, h, conditions, variance.reshape(()).astype(np.float32))
+    return slot, (tuple(rows.tolist()), tuple(columns.tolist()))
+
+
+def _finite(values: np.ndarray) -> bool:
+    """Whether these are numbers, not cells or text, and finite."""
+    return np.issubdtype(values.dtype, np.number) and bool(np.isfinite(values).all())
 
 
 def _reject_negative(name: str, values: Float[AnyArray, "..."] | float | int) -> None:

@@ -152,6 +152,25 @@ def test_bessel_function():
         np.testing.assert_allclose(tdl.bessel_j0(x), scipy.special.j0(x), atol=1e-14)
 
 
+def test_bessel_function_ends_where_it_says():
+    with pytest.raises(ValueError, match=r"bessel_j0 takes \|x\| < 30, got 30"):
+        tdl.bessel_j0(np.array([1.0, -30.0]))
+    traced = jax.jit(tdl.bessel_j0)(np.float32([29.9, 30, -31]))
+    np.testing.assert_allclose(traced[0], scipy.special.j0(29.9), atol=1e-5)  # float32
+    assert np.isnan(traced[1:]).all()
+    limit = tdl.doppler_limit(GRID)
+    np.testing.assert_allclose(limit, 5_144, atol=0.5)
+    t = GRID.times()
+    with jax.enable_x64(True):
+        _, J = tdl.channel_covariance("TDL-A", 1e-7, 0.999 * limit, GRID)
+        expected = scipy.special.j0(2 * np.pi * 0.999 * limit * (t[:, None] - t))
+        np.testing.assert_allclose(J, expected, atol=1e-13)
+        assert np.isnan(jax.jit(lambda f: tdl.channel_covariance("TDL-A", 1e-7, f, GRID)[1])(limit * 1.001)).any()
+    with pytest.raises(ValueError, match="must be below 5,144 Hz on this grid, got 6000"):
+        tdl.channel_covariance("TDL-A", 1e-7, 6_000, GRID)
+    assert tdl.doppler_limit(tdl.OfdmGrid(24, 1)) == np.inf
+
+
 def test_slots_have_the_closed_covariance(fresh):
     h = fresh.h.reshape(len(fresh.h), -1)
     # 4,000 samples of unit variance: the largest of 110,000 errors of standard deviation 0.016.
@@ -242,18 +261,23 @@ def test_conditions_are_drawn_from_the_lists():
     np.testing.assert_allclose(np.corrcoef(drawn.T), np.eye(3), atol=0.08)  # 4 standard errors
 
 
-def stored(folder, name="2_SNR-10_DS-100_DOP-200_N-3_TDL-A.mat", pilots=16, **content):
+SLOT = "2_SNR-10_DS-100_DOP-200_N-3_TDL-A.mat"
+
+
+def stored(folder, name=SLOT, pilots=16, rows=PILOTS.rows, compressed=False, **content):
     planes = np.zeros((24, 14, 2), complex)
     planes[..., 0] = np.arange(24 * 14).reshape(24, 14)
-    cells = [(row, column) for row in PILOTS.rows for column in PILOTS.columns]
+    cells = [(row, column) for row in rows for column in PILOTS.columns]
     for row, column in cells[:pilots]:
         planes[row, column, 1] = row + 1j * column
-    scipy.io.savemat(folder / name, {"H": planes} | content)
+    scipy.io.savemat(folder / name, {"H": planes} | content, do_compression=compressed)
+    return planes
 
 
-def test_stored_slots(tmp_path):
-    stored(tmp_path, "10_SNR-0_DS-25_DOP-1000_N-3_TDL-A.mat", var_hat=0.037)
-    stored(tmp_path)
+@pytest.mark.parametrize("compressed", [False, True])  # MATLAB compresses by default
+def test_stored_slots(tmp_path, compressed):
+    stored(tmp_path, "10_SNR-0_DS-25_DOP-1000_N-3_TDL-A.mat", compressed=compressed, var_hat=0.037)
+    stored(tmp_path, compressed=compressed)
     batch = tdl.read_mat_slots(tmp_path, (8, 2))
     assert batch.h.shape == (2, 24, 14)
     np.testing.assert_array_equal(batch.ls[0], PILOTS.rows[:, None] + 1j * PILOTS.columns)
@@ -262,19 +286,64 @@ def test_stored_slots(tmp_path):
     np.testing.assert_array_equal(batch.h[0], np.arange(24 * 14).reshape(24, 14))
 
 
-def test_bad_stored_slots(tmp_path):
+def cells_of(planes):
+    """The array as cells of one number each."""
+    return planes.astype(object)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda folder: stored(folder, pilots=15), "15 pilots in 8 rows and 2 columns, expected all crossings of 8"),
+        (lambda folder: stored(folder, H=np.zeros((24, 14))), r"H of shape \(K, T, 2\), found \(24, 14\)"),
+        (lambda folder: scipy.io.savemat(folder / SLOT, {"G": np.zeros(3)}), "found None"),
+        (lambda folder: stored(folder, H=cells_of(stored(folder))), "needs H of finite numbers"),
+        (lambda folder: stored(folder, H=np.full((24, 14, 2), "a")), "needs H of"),
+        (lambda folder: stored(folder, H=stored(folder) * np.nan), "needs H of finite numbers"),
+        (lambda folder: stored(folder, var_hat=np.zeros(0)), r"needs var_hat to be one number, at least 0, found \[\]"),
+        (lambda folder: stored(folder, var_hat=[0.1, 0.2]), "needs var_hat to be one number"),
+        (lambda folder: stored(folder, var_hat=-0.1), "needs var_hat to be one number"),
+        (lambda folder: stored(folder, var_hat=np.nan), "needs var_hat to be one number"),
+        (lambda folder: stored(folder, var_hat="small"), "needs var_hat to be one number"),
+        (lambda folder: (folder / SLOT).write_bytes(b"no mat"), "no .mat file that SciPy can read"),
+        (lambda folder: stored(folder, "slot.mat"), "is not named"),
+        (lambda folder: stored(folder, SLOT.replace("100", "1.0.0")), "is not named"),
+        (lambda folder: [stored(folder), stored(folder, SLOT.replace("TDL-A", "TDL-B"))], "profiles: .*A.*B"),
+        (lambda folder: [stored(folder), stored(folder, f"1{SLOT}", rows=PILOTS.rows - 1)], "patterns of pilots"),
+    ],
+)
+def test_bad_stored_slots(tmp_path, make, message):
+    make(tmp_path)
+    with pytest.raises(CorruptData, match=message):
+        tdl.read_mat_slots(tmp_path, (8, 2))
+
+
+def test_a_folder_without_slots(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no \.mat file"):
         tdl.read_mat_slots(tmp_path, (8, 2))
-    name = "1_SNR-10_DS-100_DOP-200_N-3_TDL-A.mat"
-    for make, message in (
-        (lambda: stored(tmp_path, name, pilots=15), "15 pilots, expected 8 x 2"),
-        (lambda: stored(tmp_path, name, H=np.zeros((24, 14))), r"H of shape \(K, T, 2\), found \(24, 14\)"),
-        (lambda: scipy.io.savemat(tmp_path / name, {"G": np.zeros(3)}), "found None"),
-        (lambda: (tmp_path / name).write_bytes(b"no mat"), "no .mat file that SciPy can read"),
-        (lambda: stored(tmp_path, "slot.mat"), "is not named"),
-    ):
-        make()
-        with pytest.raises(CorruptData, match=message):
+
+
+def test_pilots_of_another_shape_or_off_a_lattice(tmp_path):
+    stored(tmp_path)
+    with pytest.raises(CorruptData, match="16 pilots in 8 rows and 2 columns, expected all crossings of 4 and 4"):
+        tdl.read_mat_slots(tmp_path, (4, 4))
+    # 16 cells, of which one lies beside its row.
+    planes = stored(tmp_path)
+    planes[2, 2, 1], planes[1, 2, 1] = planes[1, 2, 1], 0
+    stored(tmp_path, H=planes)
+    with pytest.raises(CorruptData, match="16 pilots in 9 rows"):
+        tdl.read_mat_slots(tmp_path, (8, 2))
+
+
+def test_compressed_slots_with_a_wrong_byte_or_a_missing_end(tmp_path):
+    stored(tmp_path, compressed=True)
+    content = (tmp_path / SLOT).read_bytes()
+    wrong = [bytearray(content), bytearray(content), content[:50], content[:-50]]
+    wrong[0][-1] ^= 0xFF  # of the checksum
+    wrong[1][len(content) // 2] ^= 0xFF
+    for each in wrong:
+        (tmp_path / SLOT).write_bytes(each)
+        with pytest.raises(CorruptData, match=r"no \.mat file that SciPy can read"):
             tdl.read_mat_slots(tmp_path, (8, 2))
 
 

@@ -236,6 +236,27 @@ def test_real_and_imaginary_part_go_separately(adaptive):
     assert np.abs(turned - np.exp(0.7j) * estimate).max() > 1e-2  # a phase is not passed on
 
 
+def test_half_precision_stays_inside_the_encoder(adaptive):
+    golden, model, params, apply = adaptive
+    ls, conditions = golden["pilots_ls"], conditions_of(golden)
+    whole, stored = apply(params, ls, conditions)
+    half = model.clone(dtype=jnp.bfloat16)
+    show = jax.jit(lambda params: half.apply(params, ls, conditions, capture_intermediates=True))
+    found, halves = show(params)
+    assert found.dtype == jnp.complex64
+    assert {leaf.dtype for leaf in jax.tree.leaves(jax.eval_shape(half.init, jax.random.key(0), ls, conditions))} == {
+        jnp.dtype(jnp.float32)
+    }
+    for stages, inside in ((stored, jnp.float32), (halves, jnp.bfloat16)):
+        parts = stages["intermediates"]
+        outside = (parts[name]["__call__"][0] for name in ("upsampler", "enhancer", "encoder", "refiner"))
+        assert {part.dtype for part in outside} == {jnp.dtype(jnp.float32)}
+        assert parts["encoder"]["embed"]["__call__"][0].dtype == inside
+    np.testing.assert_array_equal(*(each["intermediates"]["enhancer"]["__call__"][0] for each in (stored, halves)))
+    error = np.abs(found - whole).max()
+    assert 1e-5 < error < 0.05  # values of order 1, 8 bits; whole numbers agree to 2e-5 with the authors'
+
+
 def test_slots_do_not_see_each_other(adaptive):
     golden, _, params, apply = adaptive
     order = np.array([2, 0, 1])
@@ -299,22 +320,66 @@ def test_layers_start_as_copies_of_one_and_drop_differently():
     np.testing.assert_allclose(recomputed, first, atol=1e-5)
 
 
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def gru_by_a_loop(params, x):
+    """States of both directions, (batch, time, 2 width), in float64."""
+    width = params["state_bias"].shape[1] // 3
+    states = np.zeros((*x.shape[:2], 2 * width))
+    for direction, order in enumerate((range(x.shape[1]), range(x.shape[1] - 1, -1, -1))):
+        names = ("input_kernel", "input_bias", "state_kernel", "state_bias")
+        W, b, U, c = (np.asarray(params[name], float)[direction] for name in names)
+        h = np.zeros((len(x), width))
+        for time in order:
+            (r, z, n), (r_h, z_h, n_h) = np.split(x[:, time] @ W + b, 3, -1), np.split(h @ U + c, 3, -1)
+            r, z = sigmoid(r + r_h), sigmoid(z + z_h)
+            h = (1 - z) * np.tanh(n + r * n_h) + z * h
+            states[:, time, direction * width : (direction + 1) * width] = h
+    return states
+
+
 def test_gru_is_pytorchs_by_a_loop():
     model = BidirectionalGRU(3)
     x = np.asarray(jax.random.normal(jax.random.key(0), (2, 5, 4)))
     params = model.init(jax.random.key(1), x)["params"]
     assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(params)) <= 3**-0.5
-    found = np.asarray(model.apply({"params": params}, x))
-    sigmoid = lambda v: 1 / (1 + np.exp(-v))  # noqa: E731
-    for direction, order in enumerate((range(5), range(4, -1, -1))):
-        names = ("input_kernel", "input_bias", "state_kernel", "state_bias")
-        W, b, U, c = (np.asarray(params[name])[direction] for name in names)
-        h = np.zeros((2, 3))
-        for time in order:
-            (r, z, n), (r_h, z_h, n_h) = np.split(x[:, time] @ W + b, 3, -1), np.split(h @ U + c, 3, -1)
-            r, z = sigmoid(r + r_h), sigmoid(z + z_h)
-            h = (1 - z) * np.tanh(n + r * n_h) + z * h
-            np.testing.assert_allclose(found[:, time, 3 * direction : 3 * direction + 3], h, atol=1e-6)
+    np.testing.assert_allclose(model.apply({"params": params}, x), gru_by_a_loop(params, x), atol=1e-6)
+
+
+def convolved_by_a_loop(x, layer):
+    """A 3x3 convolution of (batch, rows, columns, inputs) with a border of zeros, in float64."""
+    kernel, bias = (np.asarray(layer[name], float) for name in ("kernel", "bias"))
+    batch, rows, columns, _ = x.shape
+    out = np.tile(bias, (batch, rows, columns, 1))
+    for i, j in np.ndindex(rows, columns):
+        for k, l in np.ndindex(3, 3):
+            if 0 <= (row := i + k - 1) < rows and 0 <= (column := j + l - 1) < columns:
+                out[:, i, j] += x[:, row, column] @ kernel[k, l]
+    return out
+
+
+def test_sisrafnet_is_that_of_a_loop():
+    K, T, r, c, channels = 6, 4, 3, 2, 5  # all different: an axis in another's place would show
+    model = ada.SisRafNet((K, T), (r, c), channels, 7)
+    draw = np.random.default_rng(8).normal
+    parts = draw(size=(2, 2, r, c)).astype(np.float32)
+    params = jax.tree.map(lambda leaf: draw(0, 0.5, leaf.shape).astype(np.float32), shapes_of(model, (r, c)))
+    found = jax.jit(model.apply)({"params": params}, parts[0] + 1j * parts[1])
+    for part, ours in zip(parts, (found.real, found.imag), strict=True):
+        x = part[..., None].astype(float)
+        for name in ("conv0", "conv1"):
+            x = np.maximum(convolved_by_a_loop(x, params["convolutions"][name]), 0)
+        features = np.zeros((2, r, c * channels))  # of a pilot row: pilot after pilot, the channels of each
+        for row, column, channel in np.ndindex(r, c, channels):
+            features[:, row, column * channels + channel] = x[:, row, column, channel]
+        states = gru_by_a_loop(params["gru1"], gru_by_a_loop(params["gru0"], features))
+        kernel, bias = (np.asarray(params["dense"][name], float) for name in ("kernel", "bias"))
+        for k, l in np.ndindex(K, T):  # a pilot row writes the K / r rows of the grid behind its place
+            output = k % (K // r) * T + l
+            cell = states[:, k // (K // r)] @ kernel[:, output] + bias[output]
+            np.testing.assert_allclose(ours[:, k, l], cell, atol=1e-5)
 
 
 def test_sisrafnet_sees_the_parts_separately_and_every_row():

@@ -6,7 +6,7 @@ B. Guler, H. Jafarkhani, "AdaFortiTran: An Adaptive Transformer Model for Robust
 A receiver knows the channel of a slot, a grid of K subcarriers and T symbols, at r x c pilots alone, with noise, and
 wants all of it. One linear map takes the pilots to the grid, a small CNN cleans it (what lies near), its patches are
 the tokens of a transformer encoder (what lies far), the CNN's output is added, and a second CNN refines the sum. The
-adaptive model adds to every patch a code of three numbers that the receiver knows: SNR, delay spread, Doppler shift.
+adaptive model appends to every patch a code of three numbers that the receiver knows: SNR, delay spread, Doppler shift.
 The real and the imaginary part go through the same real network F and are one batch of twice the size here. So the two
 parts may be exchanged, but a phase that all pilots share is not passed on to the estimate.
 
@@ -16,7 +16,8 @@ in ls.
 
 - `model`: `FortiTran`, `AdaFortiTran` and their parts. Training minimises `estimation_loss`, the mean over real and
   imaginary entries: half of the `complex_mse` that is reported, in dB of the mean (`to_db`)
-- `convolution`, `attention`: the convolutions and the softmax attention, by routes that are quick on a CPU
+- `convolution`: the convolutions, on a CPU by a route that is quick there. Attention and dropout are those of
+  `nn.attention` and `nn.dropout`
 - `rivals`: `CEViT` (Liu et al., GLOBECOM 2023), `SisRafNet` (arXiv 2401.05436), `LinearEstimator`
 - `linear`: `bilinear_interpolate`, `lmmse_matrix` (matched where F, J, s2 are the slot's own, pooled where they are
   means over conditions), `fit_sample_covariances`, `linear_error` and `lmmse_bound`. Given its conditions a channel is

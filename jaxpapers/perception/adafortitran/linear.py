@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Complex, Float, Inexact, Int
 
-AnyArray = Array | np.ndarray
+from jaxpapers.typing import AnyArray
+
 Indices = Sequence[int] | Int[AnyArray, "_"]  # rows and columns differ in number
 
 

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Complex, Float
 
 from jaxpapers.nn.initializers import torch_dense
@@ -47,7 +48,8 @@ class LinearEstimator(nn.Module):
             ValueError: pilots of another shape.
         """
         require_pilots(ls, self.pilot_shape)
-        dense = torch_dense(self.size[0] * self.size[1], self.pilot_shape[0] * self.pilot_shape[1], name="linear")
+        inputs = self.pilot_shape[0] * self.pilot_shape[1]
+        dense = torch_dense(self.size[0] * self.size[1], inputs, precision="highest", name="linear")
         return both_parts(lambda pilots: dense(pilots.reshape(len(pilots), -1)).reshape(-1, *self.size), ls)
 
 
@@ -62,6 +64,8 @@ class CEViT(nn.Module):
         width: of the encoder.
         num_heads: of the encoder.
         dropout_rate: of the encoder.
+        dtype: of the encoder up to its last layer.
+        condition_scale: as `scale` of `ChannelAdapter`.
     """
 
     size: tuple[int, int] = (120, 14)
@@ -71,6 +75,8 @@ class CEViT(nn.Module):
     width: int = 128
     num_heads: int = 4
     dropout_rate: float = 0.1
+    dtype: DTypeLike | None = None
+    condition_scale: tuple[Sequence[float], Sequence[float]] | None = None
 
     def setup(self) -> None:
         """Declares the layers."""
@@ -78,9 +84,16 @@ class CEViT(nn.Module):
         require_divisible((K, 2 * T), self.patch)
         entries = self.patch[0] * self.patch[1]
         tokens = 2 * K * T // entries
-        self.adapter = ChannelAdapter((2 * tokens,), tokens)
+        self.adapter = ChannelAdapter((2 * tokens,), tokens, self.condition_scale)
         self.encoder = PatchEncoder(
-            entries, self.width, self.num_heads, 1, tokens, "pre", dropout_rate=self.dropout_rate
+            entries,
+            self.width,
+            self.num_heads,
+            1,
+            tokens,
+            "pre",
+            dropout_rate=self.dropout_rate,
+            dtype=self.dtype,
         )
 
     def __call__(
@@ -194,7 +207,7 @@ class SisRafNet(nn.Module):
             raise ValueError(f"{r} pilot rows do not divide {K} subcarriers")
         convolutions = Convolutions((self.channels, self.channels), name="convolutions")
         recurrences = [BidirectionalGRU(self.width, name=f"gru{index}") for index in range(2)]
-        dense = torch_dense(K // r * T, 2 * self.width, name="dense")
+        dense = torch_dense(K // r * T, 2 * self.width, precision="highest", name="dense")
 
         def network(pilots: Array) -> Array:
             x = nn.relu(convolutions(pilots)).reshape(len(pilots), r, -1)

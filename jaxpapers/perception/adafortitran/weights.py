@@ -5,11 +5,10 @@ from collections.abc import Mapping
 
 import numpy as np
 from flax import traverse_util
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Float, PyTree
 
 from jaxpapers.perception.adafortitran.model import CONDITIONS
-
-AnyArray = Array | np.ndarray
+from jaxpapers.typing import AnyArray
 
 TORCH_MODULES = (  # of AdaFortiTran, FortiTran, the linear estimator and CE-ViT -> here
     (r"pilot_upsampler", r"upsampler"),
