@@ -111,6 +111,7 @@ def draw_cka(panels: Mapping[str, Mapping[str, tuple[str, float, float]]]) -> Fi
     return figure
 
 
+UNSEEN = {"unseen": "the first", "unseen_none_ffn": "the first, no attention", "unseen_ci": "the first, CI"}
 AXES, SHARES = "component on the variate, on the temporal axis", "trained on a fifth of the variates"
 
 
@@ -126,7 +127,7 @@ def variate_panels(metrics: Metrics, config: ConfigDict) -> dict[str, dict[str, 
         subset = metrics.get(f"{data}_subset/mse")
         if own is not None and subset is not None:
             panels[SHARES] |= {f"{data}, all": {"mse": own}, f"{data}, new ones each batch": {"mse": subset}}
-        for stage, label in (("unseen", "the first"), ("unseen_ci", "the first, CI")):
+        for stage, label in UNSEEN.items():
             parts = {part: metrics.get(f"{data}_{stage}/{part}") for part in ("mse_seen", "mse_unseen")}
             if all(part is not None for part in parts.values()):
                 panels[SHARES][f"{data}, {label}"] = parts

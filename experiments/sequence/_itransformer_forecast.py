@@ -10,6 +10,7 @@ import csv
 import io
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,22 +22,22 @@ from matplotlib.figure import Figure
 
 from experiments import figures
 from experiments.harness import use_figure_style
-from experiments.sequence._itransformer_training import epoch_order, halving
+from experiments.sequence._itransformer_training import Task, epoch_order, errors_of, forecast, halving, naive_errors
 from jaxpapers.data.forecasting import Table, Windows, count_windows, fit_scaler, read_csv, time_features
 from jaxpapers.sequence.itransformer import ITransformer
 from jaxpapers.train import (
     OnDevice,
     TrainState,
-    create_population,
+    create_state,
     fit,
     make_optimizer,
     make_train_step,
-    member,
-    vmap_step,
+    run_once,
     write_whole,
 )
 
 TRAIN_PART = 0.8  # of the rows; the rest chooses the epoch
+EPOCH = 100  # updates at least: a few hundred rows are a few updates a pass, and the rate falls from epoch to epoch
 EXPECTED = (ValueError, OSError, FloatingPointError, jax.errors.JaxRuntimeError)
 
 
@@ -77,7 +78,8 @@ def forecast_csv(
     """Trains iTransformer on all columns of a csv and forecasts what comes after its last row.
 
     The first 80 % of the rows are trained on, the rest chooses the best epoch and never trains the model that makes the
-    forecast; settings are the authors' of small data sets. Calendar features are tokens where there are timestamps.
+    forecast; settings are the authors' of small data sets. An epoch passes over the training windows as often as 100
+    updates take, once where one pass has more. Calendar features are tokens where there are timestamps.
 
     Args:
       path: as of `forecasting.read_csv`.
@@ -85,7 +87,7 @@ def forecast_csv(
       look_back: T, steps that a forecast sees.
       width: D, of the tokens and the feed-forward layers; a multiple of 8.
       num_layers: blocks.
-      epochs: at most.
+      epochs: at most; of 100 updates at least.
       patience: epochs without a better error that end the training.
       rate: of Adam; halved every epoch from the third on.
       batch_size: windows of an update; fewer where there are fewer.
@@ -120,55 +122,41 @@ def forecast_csv(
     if table.timestamps is not None:
         marks = np.float32(time_features(table.timestamps, frequency(table.timestamps)))
     windows = Windows(series, marks, look_back, horizon)
-    counts = count_windows(split, look_back, horizon), windows.count
-    batch_size = min(batch_size, counts[0])
-    validation = np.arange(split - look_back, counts[1], dtype=np.int32)
+    trained_on = range(count_windows(split, look_back, horizon))
+    parts = {"train": trained_on, "validation": range(split - look_back, windows.count)}
+    task = Task(windows, parts, std=scaler.std, mean=scaler.mean)
     model = ITransformer(horizon, d_model=width, d_ff=width, num_layers=num_layers)
-
-    def apply(params: Any, x: Array, known: Array | None, key: Array | None = None) -> Array:
-        options = {} if key is None else {"deterministic": False, "rngs": {"dropout": key}}
-        return model.apply({"params": params}, x, known, **options)
-
-    def loss_fn(params: Any, extra: Any, index: Array, key: Array) -> tuple:
-        x, y, known = windows.gather(index)
-        known = None if known is None else known[:, :look_back]
-        return jnp.mean(jnp.square(apply(params, x, known, key) - y)), (extra, {})
-
-    def init(key: Array) -> Any:
-        x = jnp.zeros((1, look_back, series.shape[1]))
-        return model.init(key, x, None if marks is None else jnp.zeros((1, look_back, marks.shape[1])))["params"]
-
-    epoch = counts[0] // batch_size
+    batch_size = min(batch_size, len(trained_on))
+    steps = len(trained_on) // batch_size
+    passes = -(-EPOCH // steps)
+    epoch = passes * steps
     optimizer = make_optimizer("adam", halving(rate, epoch))
-    init_key, train_key = jax.random.split(jax.random.key(seed))
-    order = epoch_order(counts[0], batch_size, epochs, seed)
+    order = epoch_order(len(trained_on), batch_size, passes * epochs, seed)
 
-    def squares(params: Any, index: Array, weights: Array) -> Array:
-        """Sums over the windows of the model's squares, and of those of the last row repeated."""
+    def init(key: Array) -> TrainState:
+        x = jnp.zeros((1, look_back, series.shape[1]))
+        known = None if marks is None else jnp.zeros((1, look_back, marks.shape[1]))
+        return create_state(model.init(key, x, known)["params"], optimizer)
+
+    def loss_fn(params: Any, windows: Windows, index: Array, key: Array) -> tuple:
         x, y, known = windows.gather(index)
-        known = None if known is None else known[:, :look_back]
-        found = jnp.stack([apply(params, x, known), jnp.broadcast_to(x[:, -1:], y.shape)])
-        return jnp.einsum("mbsn,b->m", jnp.square(found - y), weights)
-
-    sums = jax.jit(jax.vmap(squares, (0, None, None)))
+        found, _ = forecast(model, {"params": params}, x, known, key)
+        return jnp.mean(jnp.square(found - y)), (windows, {})
 
     def evaluate(state: TrainState) -> dict[str, Any]:
-        total: Any = 0.0
-        for start in range(0, len(validation), 128):
-            index = validation[start : start + 128]
-            weights = np.pad(np.ones(len(index), np.float32), (0, 128 - len(index)))
-            total = total + np.asarray(sums(state.params, np.resize(index, 128), weights), np.float64)
-        mse, naive = (total / (len(validation) * horizon * series.shape[1])).T
-        scores["naive"] = float(naive[0])
-        return {"mse": mse}
+        variables = jax.tree.map(lambda leaf: leaf[None], {"params": state.params})  # of one seed
+        return {"mse": errors_of(model, variables, task, "validation", 128)[0, 0].mean()}
 
-    scores: dict[str, float] = {}
+    init_key, train_key = jax.random.split(jax.random.key(seed))
+    # The series is an argument of the program, in the state; in a closure it would be a constant of it. Arrays of its
+    # own: an update gives up those of its state.
+    state = run_once(init, init_key).replace(extra=jax.tree.map(jnp.array, windows))
     fitted = fit(
-        create_population(init, optimizer, init_key[None]),
-        vmap_step(make_train_step(loss_fn, optimizer), shared_batch=True),
+        state,
+        make_train_step(loss_fn, optimizer),
         OnDevice(lambda step: jnp.asarray(order)[step]),
         epochs * epoch,
-        key=train_key[None],
+        key=train_key,
         steps_per_call=epoch,
         log_every=epoch,
         evaluate=evaluate,
@@ -179,14 +167,14 @@ def forecast_csv(
     )
     last = jnp.asarray(series[-look_back:])[None]
     known = None if marks is None else jnp.asarray(marks[-look_back:])[None]
-    values = np.asarray(jax.jit(apply)(member(fitted.best.params, 0), last, known))[0]
+    values, _ = jax.jit(partial(forecast, model))({"params": fitted.best.params}, last, known)
     return CsvForecast(
         table,
-        scaler.inverse(np.asarray(values, np.float64)),
+        scaler.inverse(np.asarray(values[0], np.float64)),
         ahead,
-        float(fitted.best.score[0]),
-        scores["naive"],
-        int(fitted.best.step[0]) // epoch,
+        float(fitted.best.score),
+        naive_errors(task, "validation").repeated,
+        int(fitted.best.step) // epoch,
     )
 
 
@@ -297,4 +285,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"fifth of the rows, which chose the epoch and trained nothing, MSE {found.mse:.3f}, of repeating the last row "
         f"{found.naive_mse:.3f} (standardised values)"
     )
+    if not found.mse < found.naive_mse:
+        print(
+            "warning: this forecast is no better than repeating the last row; more rows, a shorter horizon, or another "
+            "rate, width or look-back may help",
+            file=sys.stderr,
+        )
     return 0

@@ -26,11 +26,11 @@ from jaxpapers.data.forecasting import (
     Splits,
     Table,
     Windows,
-    count_windows,
     load_table,
     prepare,
     split_rows,
     time_features,
+    window_numbers,
 )
 from jaxpapers.data.oscillators import delayed_oscillators, draw_mixture, oscillators
 from jaxpapers.nn.attention import probsparse_attention
@@ -58,7 +58,7 @@ from jaxpapers.train import (
 )
 
 MODELS = ("itransformer", "vanilla", "dlinear", "rlinear", "patchtst")
-OWN_DATA = "synthetic"
+SYNTHETIC = "synthetic"
 # Where parameters lie on a mesh with an axis `model`: heads and hidden units are split; axis 0 is that of the seeds.
 MODEL_RULES = (
     (r"(query|key|value|query_key|up)/kernel$", PartitionSpec(None, None, "model")),
@@ -72,7 +72,7 @@ def load(name: str, config: ConfigDict) -> Table:
     Raises:
       DataNotFound: its file is missing and cannot be downloaded.
     """
-    return _synthetic(config) if name == OWN_DATA else load_table(name)
+    return _synthetic(config) if name == SYNTHETIC else load_table(name)
 
 
 def _synthetic(config: ConfigDict) -> Table:
@@ -104,7 +104,7 @@ def synthetic_bounds(stage: ConfigDict, config: ConfigDict) -> Bounds:
 
 def shape_of(name: str, config: ConfigDict) -> tuple[int, int]:
     """Rows and variates of a data set, without its file."""
-    if name == OWN_DATA:
+    if name == SYNTHETIC:
         return config.synthetic.rows, config.synthetic.variates
     return BENCHMARKS[name].num_rows, BENCHMARKS[name].num_variates
 
@@ -131,7 +131,7 @@ class Task(NamedTuple):
 
 def split_name(name: str) -> str:
     """How a data set is split, one of `forecasting.SPLITS`."""
-    return "custom" if name == OWN_DATA else BENCHMARKS[name].split
+    return "custom" if name == SYNTHETIC else BENCHMARKS[name].split
 
 
 def task_of(table: Table, stage: ConfigDict) -> Task:
@@ -144,7 +144,7 @@ def task_of(table: Table, stage: ConfigDict) -> Task:
     if stage.marks and data.marks is None:
         raise ValueError(f"{stage.data} has no timestamps: stages on it take marks=False")
     windows = Windows(data.series, data.marks if stage.marks else None, stage.look_back, stage.horizon)
-    return Task(windows, _parts(data.splits, stage), data.scaler.std, data.scaler.mean)
+    return Task(windows, parts_of(data.splits, stage), data.scaler.std, data.scaler.mean)
 
 
 def blank_task(stage: ConfigDict, config: ConfigDict) -> Task:
@@ -157,22 +157,46 @@ def blank_task(stage: ConfigDict, config: ConfigDict) -> Task:
     marks = zeros(rows, time_features(_hours(1)).shape[1]) if stage.marks else None
     windows = Windows(zeros(rows, variates), marks, stage.look_back, stage.horizon)
     splits = split_rows(split_name(stage.data), rows, stage.look_back)
-    return Task(windows, _parts(splits, stage), zeros(variates), zeros(variates))
+    return Task(windows, parts_of(splits, stage), zeros(variates), zeros(variates))
 
 
-def _parts(splits: Splits, stage: ConfigDict) -> dict[str, range]:
-    parts = {}
-    for part, (start, stop) in zip(PARTS, splits, strict=True):
-        count = count_windows(stop - start, stage.look_back, stage.horizon)
-        parts[part] = range(start, start + count, stage.train_stride if part == "train" else stage.stride)
-    return parts
+def parts_of(splits: Splits, stage: ConfigDict) -> dict[str, range]:
+    """The windows that a stage trains on, validates and is tested on, as numbers of those of the whole series.
+
+    Args:
+      splits: of the stage's look-back.
+      stage: its strides, look-back and horizon.
+
+    Raises:
+      ValueError: as `window_numbers`.
+    """
+    numbers = {part: window_numbers(splits, part, stage.look_back, stage.horizon) for part in PARTS}
+    return {part: every[:: stage.train_stride if part == "train" else stage.stride] for part, every in numbers.items()}
 
 
-def climatology(task: Task) -> float:
-    """Squared error on the test windows of forecasting every variate's mean in the training rows."""
-    squares = np.square(task.windows.series, dtype=np.float64).mean(axis=1)
-    starts = np.asarray(task.parts["test"]) + task.windows.look_back
-    return float(np.mean(squares[starts[:, None] + np.arange(task.windows.horizon)]))
+class NaiveErrors(NamedTuple):
+    """Mean squared errors of forecasts that nothing was learnt for.
+
+    Attributes:
+      repeated: of the last value of the window, for all steps.
+      climatology: of the variate's mean in the training rows.
+    """
+
+    repeated: float
+    climatology: float
+
+
+def naive_errors(task: Task, part: str = "test") -> NaiveErrors:
+    """What forecasts of the windows of a part are to be held against."""
+    series, horizon = task.windows.series, task.windows.horizon
+    first = np.asarray(task.parts[part]) + task.windows.look_back
+    last = series[first - 1]
+
+    def errors(step: int) -> tuple[np.floating, np.floating]:  # all steps at once would be gigabytes of the large sets
+        values = series[first + step]
+        return np.mean(np.square(values - last), dtype=np.float64), np.mean(np.square(values), dtype=np.float64)
+
+    return NaiveErrors(*np.mean([errors(step) for step in range(horizon)], axis=0).tolist())
 
 
 def model_of(stage: ConfigDict) -> nn.Module:
@@ -185,10 +209,10 @@ def model_of(stage: ConfigDict) -> nn.Module:
     sizes |= {"num_heads": stage.num_heads, "dropout_rate": stage.dropout, "dtype": jnp.dtype(stage.dtype)}
     if stage.model == "patchtst":
         return PatchTST(stage.horizon, **sizes)
-    attention: Any = stage.attention
-    if attention == "probsparse":
-        attention = partial(probsparse_attention, factor=stage.factor)
     if stage.model == "itransformer":
+        attention: Any = stage.attention
+        if attention == "probsparse":
+            attention = partial(probsparse_attention, factor=stage.factor)
         variate, temporal = stage.components
         return ITransformer(
             stage.horizon, attention=attention, variate=variate, temporal=temporal, use_norm=stage.use_norm, **sizes
@@ -196,7 +220,8 @@ def model_of(stage: ConfigDict) -> nn.Module:
     return VanillaTransformer(
         stage.horizon,
         label_len=min(stage.label_len, stage.look_back),
-        attention=attention,
+        attention=stage.attention,
+        factor=stage.factor,
         distil=stage.distil,
         use_norm=stage.use_norm,
         channel_independent=stage.channel_independent,
@@ -445,7 +470,8 @@ class Trained(NamedTuple):
       task: its windows.
       model: the network.
       variables: a row a seed.
-      metrics: `mse`, `mae`, `best_epoch`, ... of every seed.
+      metrics: `mse`, `mae`, `best_epoch`, ... of every seed; `updates` and `epochs`, which patience may have cut short;
+        `repeated_mse` and `climatology_mse`, of `NaiveErrors` on the same windows.
     """
 
     stage: ConfigDict
@@ -470,8 +496,13 @@ def rules_of(stage: ConfigDict, mesh: Mesh | None) -> tuple:
 
 
 def calls_of(epoch: int, updates_per_call: int) -> int:
-    """Updates of one program: the largest divisor of an epoch that is not above `updates_per_call`."""
-    return max(updates for updates in range(1, min(epoch, updates_per_call) + 1) if epoch % updates == 0)
+    """Updates of one program: the divisor of an epoch whose ratio to `updates_per_call` is nearest to 1.
+
+    `fit` evaluates between programs of one length, so that an epoch is a number of whole ones; where it has no divisor
+    near, a long program costs less than many of one or two updates.
+    """
+    divisors = [updates for updates in range(1, epoch + 1) if epoch % updates == 0]
+    return min(divisors, key=lambda updates: max(updates / updates_per_call, updates_per_call / updates))
 
 
 def train(name: str, table: Table, config: ConfigDict, run: Run) -> Trained:
@@ -516,13 +547,17 @@ def train(name: str, table: Table, config: ConfigDict, run: Run) -> Trained:
     )
     errors = errors_of(setup.model, fitted.best.params, task, "test", chunk, None, run.mesh)
     mse, mae = errors.mean(axis=-1).T
+    naive = naive_errors(task)
     metrics = {
         "mse": mse,
         "mae": mae,
         "validation_mse": to_host(fitted.best.score),
         "best_epoch": to_host(fitted.best.step) // setup.epoch,
         "epochs": stage.epochs,
+        "updates": stage.epochs * setup.epoch,
         "parameters": parameters,
+        "repeated_mse": naive.repeated,
+        "climatology_mse": naive.climatology,
     }
     if stage.train_variates:
         metrics |= {"mse_seen": errors[:, 0, : stage.train_variates].mean(axis=-1)}

@@ -18,8 +18,8 @@ than the text of its authors.
 
     table = load_table("ETTh1")
     data = prepare(table, split_of("ETTh1"), look_back=96)
-    train = cut_windows(data, "train", look_back=96, horizon=96)     # 8449 of them
-    batch = jax.jit(lambda index: train.gather(index))(index)        # x (batch, 96, 7), y (batch, 96, 7), marks
+    train = cut_windows(data, "train", horizon=96)              # 8449 of them
+    batch = jax.jit(lambda index: train.gather(index))(index)   # x (batch, 96, 7), y (batch, 96, 7), marks
 
 Errors of forecasts are those of standardised values, averaged over all windows, steps and variates.
 """
@@ -42,8 +42,7 @@ from jax import lax
 from jaxtyping import Array, Float, Float32, Float64, Int, Shaped
 
 from jaxpapers.data.download import CorruptData, DataNotFound, OfficialFile, StoredForm, data_folder, open_data
-
-AnyArray = Array | np.ndarray
+from jaxpapers.typing import AnyArray
 
 # Pinned to commits, so that an update there is no checksum error here.
 GITHUB = "https://raw.githubusercontent.com"
@@ -486,12 +485,14 @@ class ForecastData(NamedTuple):
         series: all rows, standardised with mean and std of the training rows.
         marks: calendar features of all rows; None where there are no timestamps.
         scaler: of the training rows.
+        look_back: T, rows that validation and test reach back.
         splits: which rows are which.
     """
 
     series: Float32[np.ndarray, "time variates"]
     marks: Float32[np.ndarray, "time features"] | None
     scaler: Scaler
+    look_back: int
     splits: Splits
 
 
@@ -506,7 +507,8 @@ def prepare(table: Table, split: str, look_back: int, freq: str = "h") -> Foreca
     splits = split_rows(split, len(table.values), look_back)
     scaler = fit_scaler(table.values[slice(*splits.train)])
     marks = None if table.timestamps is None else time_features(table.timestamps, freq).astype(np.float32)
-    return ForecastData(np.asarray(scaler.transform(table.values), np.float32), marks, scaler, splits)
+    series = np.asarray(scaler.transform(table.values), np.float32)
+    return ForecastData(series, marks, scaler, look_back, splits)
 
 
 def count_windows(num_rows: int, look_back: int, horizon: int) -> int:
@@ -575,11 +577,11 @@ class Windows(struct.PyTreeNode):
         return Batch(rows[..., : self.look_back, :], rows[..., self.look_back :, :], marks)
 
 
-def cut_windows(data: ForecastData, part: str, look_back: int, horizon: int) -> Windows:
-    """The windows of a part of the data.
+def window_numbers(splits: Splits, part: str, look_back: int, horizon: int) -> range:
+    """Which of the whole series' windows are those of a part.
 
     Args:
-        data: prepared with this look_back.
+        splits: of the same look_back.
         part: "train", "validation" or "test".
         look_back: T.
         horizon: S.
@@ -589,7 +591,21 @@ def cut_windows(data: ForecastData, part: str, look_back: int, horizon: int) -> 
     """
     if part not in PARTS:
         raise ValueError(f"unknown part {part!r}, known are {PARTS}")
-    rows = slice(*getattr(data.splits, part))
-    windows = Windows(data.series[rows], None if data.marks is None else data.marks[rows], look_back, horizon)
-    count_windows(len(windows.series), look_back, horizon)  # a part that is too short fails here, not at the first step
-    return windows
+    start, stop = getattr(splits, part)
+    return range(start, start + count_windows(stop - start, look_back, horizon))
+
+
+def cut_windows(data: ForecastData, part: str, horizon: int) -> Windows:
+    """The windows of a part of the data, of the look-back that it was prepared with.
+
+    Args:
+        data: the series.
+        part: "train", "validation" or "test".
+        horizon: S.
+
+    Raises:
+        ValueError: an unknown part, S below 1, a part too short for one window.
+    """
+    numbers = window_numbers(data.splits, part, data.look_back, horizon)
+    rows = slice(numbers.start, numbers.stop - 1 + data.look_back + horizon)
+    return Windows(data.series[rows], None if data.marks is None else data.marks[rows], data.look_back, horizon)

@@ -33,6 +33,7 @@ from jaxpapers.data.forecasting import (
     split_of,
     split_rows,
     time_features,
+    window_numbers,
 )
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "itransformer" / "data_pipeline.npz"
@@ -57,12 +58,16 @@ def test_the_authors_pipeline_on_etth1(golden):
     data = prepare(stored("ETTh1"), "ett_hour", T)
     np.testing.assert_allclose(data.scaler.mean, golden["mean"], **EXACT)
     np.testing.assert_allclose(data.scaler.std, golden["std"], **EXACT)
+    whole = Windows(data.series, data.marks, T, S)
     for part, name in zip(PARTS, ("train", "val", "test"), strict=True):
-        windows = cut_windows(data, part, T, S)
-        assert windows.count == golden[f"n_windows_{name}"]
-        batch = windows.gather(np.array([0, windows.count - 1]))
-        np.testing.assert_array_equal(batch.x[0], golden[f"first_x_{name}"])  # both rounded to float32 at the end
-        np.testing.assert_array_equal(batch.y[1], golden[f"last_y_{name}"])
+        windows = cut_windows(data, part, S)
+        numbers = window_numbers(data.splits, part, T, S)
+        assert windows.count == len(numbers) == golden[f"n_windows_{name}"]
+        # A part's windows, and those of the same numbers of the whole series.
+        for found, (first, last) in ((windows, (0, windows.count - 1)), (whole, (numbers[0], numbers[-1]))):
+            batch = found.gather(np.array([first, last]))
+            np.testing.assert_array_equal(batch.x[0], golden[f"first_x_{name}"])  # both rounded to float32 at the end
+            np.testing.assert_array_equal(batch.y[1], golden[f"last_y_{name}"])
 
 
 def test_the_authors_time_features(golden):
@@ -324,8 +329,8 @@ def constant():
         (lambda: prepare(table_of([[1.0], [np.nan]] * 9), "custom", 2), "9 values that are not finite"),
         (lambda: time_features(np.array(["2020-01-01"], "datetime64[s]"), "w"), "unknown frequency 'w'"),
         (lambda: time_features(np.arange(3)), "must be datetime64"),
-        (lambda: cut_windows(constant(), "val", 5, 5), "unknown part 'val'"),
-        (lambda: cut_windows(constant(), "test", 5, 21), "25 rows have no window"),
+        (lambda: cut_windows(constant(), "val", 5), "unknown part 'val'"),
+        (lambda: cut_windows(constant(), "test", 21), "25 rows have no window"),
     ],
 )
 def test_bad_input_is_refused(refused, message):

@@ -9,18 +9,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
+from rich.console import Console
 
 from experiments import cli, launch
 from experiments.catalogue import UsageError
-from experiments.harness import check_claims
+from experiments.harness import Run, check_claims
 from experiments.sequence import _itransformer_analysis as analysis
-from experiments.sequence import _itransformer_forecast as own_data
+from experiments.sequence import _itransformer_figures as figures
+from experiments.sequence import _itransformer_forecast as user_csv
 from experiments.sequence import _itransformer_linear as linear
 from experiments.sequence import _itransformer_tables as tables
 from experiments.sequence import _itransformer_training as training
 from experiments.sequence import itransformer as experiment
 from experiments.sequence._itransformer_stages import HORIZONS, table_row
 from jaxpapers.data.download import CorruptData
+from jaxpapers.data.forecasting import read_csv
 from jaxpapers.data.oscillators import draw_mixture, oscillators
 from jaxpapers.train import abstractly, make_mesh
 
@@ -29,7 +32,14 @@ MEASURED = {
     "etth1_inverted/mse": [0.404, 0.402],
     "etth1_vanilla/mse": [0.895, 0.895],
     "etth1_vanilla_norm/mse": [0.5, 0.5],
-    "etth1_vanilla/epochs": 4,
+    "etth1_inverted/updates": 44,
+    "etth1_inverted/epochs": 4,
+    "etth1_inverted/repeated_mse": 1.3,
+    "etth1_inverted/climatology_mse": 1.2,
+    "exchange_inverted/updates": 26,
+    "exchange_inverted/epochs": 4,
+    "exchange_inverted/repeated_mse": 0.08,
+    "exchange_inverted/climatology_mse": 5.1,
     "etth1_inverted/best_epoch": [4, 3],
     "etth1_vanilla/best_epoch": [2, 1],
     "exchange_inverted/best_epoch": [4, 4],
@@ -41,6 +51,10 @@ MEASURED = {
     "etth1_96/mae": [0.402, 0.401, 0.402],
     "etth1_dlinear/mse": [0.390],
     "etth1_dlinear/mae": [0.405],
+    "etth1_96/epochs": 4,
+    "etth1_96/best_epoch": [4, 3, 3],
+    "etth1_dlinear/epochs": 10,
+    "etth1_dlinear/best_epoch": [7],
     "synthetic/linear_own": 0.4,
     "synthetic/linear_alike": 0.3,
     "synthetic/linear_all": 0.2,
@@ -51,6 +65,7 @@ MEASURED = {
     "etth1_none_ffn/mse": [0.399, 0.399],
     "synthetic_unseen/mse_seen": [0.32, 0.32],
     "synthetic_unseen/mse_unseen": [0.36, 0.36],
+    "synthetic_unseen_none_ffn/mse_unseen": [0.45, 0.45],
     "synthetic_unseen_ci/mse_unseen": [0.5, 0.5],
     "synthetic_subset/mse": [0.31, 0.31],
     "synthetic_subset/update_ms": 30.0,
@@ -67,11 +82,17 @@ def test_claims_hold_on_the_cards_figures():
     assert set(status({}).values()) == {"holds"}
     texts = {claim["id"]: claim["ours"] for claim in check_claims(experiment.CLAIMS, MEASURED)}
     assert texts["inversion"].startswith(
-        "etth1: inverted 0.403 (0.404, 0.402), vanilla 0.895 (0.895, 0.895), ratio 0.45; vanilla with instance norm 0.5"
+        "etth1, 44 updates: inverted 0.403 (0.404, 0.402), vanilla 0.895 (0.895, 0.895), ratio 0.45; vanilla with "
+        "instance norm 0.500 (0.500, 0.500), ratio 0.81; repeating the last value 1.300, climatology 1.200; best of 4 "
+        "epochs 4, 3 and 2, 1; exchange, 26 updates: "
     )
-    assert "best epochs 4, 3 and 2, 1; exchange" in texts["inversion"]
-    assert texts["inversion"].endswith("4 epochs")
-    assert texts["table_row"].endswith("DLinear 0.3900 / 0.4050")
+    assert texts["table_row"].startswith("iTransformer 0.3853 (0.3850, 0.3850, 0.3860) / 0.4017")
+    assert "best of 4 epochs 4, 3, 3; DLinear" in texts["table_row"]
+    assert texts["table_row"].endswith("DLinear 0.3900 / 0.4050, best of 10 epochs 7")
+    assert (
+        "CI Transformer, unseen 0.500 (0.500, 0.500); iTransformer without attention, unseen 0.450"
+        in texts["unseen_variates"]
+    )
     assert "ratio 1.03; time of an update 0.33 times" in texts["subset_training"]
     assert "ETTh1: with 0.403 (0.404, 0.402), without 0.399" in texts["variates_matter"]
     for claim in ("variates_matter", "unseen_variates", "subset_training"):
@@ -119,6 +140,8 @@ def test_the_smoke_run(only, tmp_path, monkeypatch, capsys):
             assert np.shape(metrics[f"{name}/{measure}"]) == (stage["num_seeds"],)
             assert np.isfinite(metrics[f"{name}/{measure}"]).all()
         assert 1 <= metrics[f"{name}/best_epoch"][0] <= stage["epochs"]
+        windows = -(-(210 - 36 + 1) // stage["train_stride"])  # 70 % of 300 rows
+        assert metrics[f"{name}/updates"] == stage["epochs"] * (windows // stage["batch_size"])
     assert 0 <= metrics["synthetic_inverted/cka"][0] <= 1
     assert "synthetic_informer/cka" not in metrics  # distilling leaves fewer tokens in the last block
     assert 0 < metrics["synthetic/linear_all"] < metrics["synthetic/linear_own"] < 1.01
@@ -172,8 +195,17 @@ def test_a_model_that_has_given_up_stays_so():
 
 
 def test_calls_are_whole_parts_of_an_epoch():
-    assert [training.calls_of(264, most) for most in (1000, 264, 100, 7, 1)] == [264, 264, 88, 6, 1]
-    assert training.calls_of(263, 100) == 1  # a prime
+    assert [training.calls_of(264, most) for most in (1000, 264, 100, 7, 1)] == [264, 264, 88, 8, 1]
+    assert [training.calls_of(epoch, 100) for epoch in (263, 2 * 569, 5 * 151)] == [263, 569, 151]  # primes
+
+
+def test_naive_errors_are_those_of_the_windows(smoke, table):
+    task = training.task_of(table, smoke.stages.synthetic_inverted)
+    for part in ("validation", "test"):
+        x, y, _ = task.windows.gather(np.asarray(task.parts[part]))
+        found = training.naive_errors(task, part)
+        np.testing.assert_allclose(found.repeated, np.mean(np.square(y - x[:, -1:])), rtol=1e-5)  # float32
+        np.testing.assert_allclose(found.climatology, np.mean(np.square(y)), rtol=1e-5)
 
 
 def test_errors_are_means_over_all_windows(smoke, table):
@@ -304,6 +336,22 @@ def test_best_linear_forecasts_against_the_whole_covariance():
     np.testing.assert_allclose(found.alike, alike.mean(), rtol=1e-9)
 
 
+@pytest.mark.parametrize(
+    ("changes", "row"),
+    [
+        ({}, (0.459, 0.362, 0.113)),
+        ({"radius": 0.9995, "spread": 0.3}, (0.499, 0.449, 0.150)),
+        ({"radius": 0.9995, "periods": (12.0, 48.0)}, (0.347, 0.303, 0.147)),
+    ],
+    ids=["taken", "spread", "periods"],
+)
+def test_rows_of_the_table_of_recipes(changes, row):
+    config = experiment.get_config("small")
+    config.synthetic.update(changes)
+    found = training.synthetic_bounds(config.stages.synthetic_inverted, config)
+    np.testing.assert_allclose(found, row, atol=6e-4)  # three digits
+
+
 def test_tables_stand_beside_the_papers():
     metrics = {f"weather_{horizon}/{what}": [0.25 + horizon / 7200] for horizon in HORIZONS for what in ("mse", "mae")}
     assert tables.main_table(metrics).splitlines()[2:] == [
@@ -317,6 +365,32 @@ def test_tables_stand_beside_the_papers():
     assert tables.promotion_table(promoted).splitlines()[2:] == ["| traffic | flow | 0.700 -> 0.500 | 0.750 -> 0.524 |"]
     promoted.pop("traffic_96_flow_vanilla/mse")
     assert tables.main_table({}) == tables.promotion_table(promoted) == ""
+
+
+def test_figures_and_tables_of_hand_made_numbers(tmp_path, capsys):
+    config = experiment.get_config("paper")
+    errors = {"weather_{}": 0.25, "traffic_{}": 0.4, "traffic_{}_flow_vanilla": 0.7, "traffic_{}_flow_inverted": 0.5}
+    metrics = {name.format(S) + "/mse": [mse, mse + 0.02] for name, mse in errors.items() for S in HORIZONS}
+    metrics |= {f"weather_{S}/mae": [0.3] for S in HORIZONS}
+    metrics |= {f"traffic_look_back_{T}/mse": [0.5 - T / 1e3] for T in (48, 336)}
+    metrics |= {f"traffic_96_flow_{kind}/cka": [cka] for kind, cka in (("vanilla", 0.2), ("inverted", 0.8))}
+    run = Run(tmp_path, Console(stderr=True, width=200))
+    experiment.report(metrics, config, run)
+    assert {path.stem for path in (tmp_path / "figures").iterdir()} == {"promotion", "look_back", "cka"}
+    written = (tmp_path / "tables.md").read_text()
+    assert "| weather | 0.260 (0.258) | 0.300 (0.278) | - (0.265) |" in written
+    assert "| traffic | flow | 0.710 -> 0.510 | 0.750 -> 0.524 |" in written
+    assert "| traffic | flow |" in capsys.readouterr().err
+    ((vanilla, inverted),) = (group.values() for group in figures.promotions(metrics).values())
+    np.testing.assert_allclose((vanilla, inverted), [[0.7, 0.72], [0.5, 0.52]])
+    (ax,) = figures.draw_promotion(metrics).axes
+    assert [bar.get_height() for bar in ax.patches[:2]] == pytest.approx([0.71, 0.51])
+    (ax,) = figures.draw_look_back(metrics).axes  # that of 96 is the row of Table 1
+    np.testing.assert_allclose(ax.lines[0].get_xydata(), [[48, 0.452], [96, 0.41], [336, 0.164]])
+    (ax,) = figures.draw_cka(figures.cka_panels(metrics, config)).axes
+    points = {line.get_label(): line.get_xydata()[0].tolist() for line in ax.lines}
+    assert points["inverted"] == pytest.approx([0.8, 0.51])
+    assert points["tokens of time steps"] == pytest.approx([0.2, 0.71])
 
 
 def test_lagged_correlations_by_hand():
@@ -343,6 +417,22 @@ def test_paper_is_the_authors_setting():
     assert config.stages.traffic_vanilla_look_back_336.look_back == 336
     assert config.stages.traffic_unseen_ci.subset == 0
     assert not config.stages.traffic_unseen_ci.use_norm
+    for name, batch_size, epochs in (  # of Table 2
+        ("electricity_96_full_inverted", 32, 10),
+        ("traffic_720_lsh_vanilla", 32, 3),
+        ("weather_96_flow_vanilla", 128, 3),
+        ("weather_192_full_inverted", 128, 10),
+    ):
+        stage = config.stages[name]
+        assert (stage.batch_size, stage.epochs) == (batch_size, epochs)
+        assert (stage.width, stage.hidden, stage.num_layers, stage.rate) == (512, 2048, 2, 1e-4)
+    for name, expected in (  # of Fig. 5
+        ("traffic_unseen", (172, 512, 2048, 2, 8, 32, 1e-4, True)),
+        ("electricity_unseen_ci", (64, 32, 64, 2, 8, 8, 1e-4, True)),
+        ("solar_unseen_ci", (27, 32, 64, 2, 8, 8, 5e-4, False)),
+    ):
+        fields = ("train_variates", "width", "hidden", "num_layers", "num_heads", "batch_size", "rate", "marks")
+        assert tuple(config.stages[name][field] for field in fields) == expected
     for data, horizon, expected in (
         ("ETTh1", 192, (256, 2, 1e-4, 32, True, True)),
         ("ETTh1", 336, (512, 2, 1e-4, 32, True, True)),
@@ -405,6 +495,13 @@ def test_a_row_of_the_paper_is_planned_for_a_mesh_without_its_file():
         ("stages.synthetic_patchtst.look_back", 7, "look_back=7 must be at least 8, for one patch of PatchTST"),
         ("stages.synthetic_none_ffn.train_stride", 30, "batch_size=8 must be at most the 6 windows"),
         ("stages.synthetic_unseen.components", ("ffn", "ffn"), "components=.* must be made for any variates"),
+        ("stages.synthetic_informer.attention", "lsh", "distil=True must be False where attention is lsh"),
+        ("analysis.costs", ("synthetic_invert",), r"config.analysis.costs=.* \['synthetic_invert'\] are none"),
+        ("analysis.forecasts", ("etth1_96",), r"config.analysis.forecasts=.* \['etth1_96'\] are none"),
+        ("analysis.attention", ("synthetic_vanilla",), "full or flash attention .*, which synthetic_vanilla is not"),
+        ("analysis.attention", ("synthetic_subset",), "full or flash attention .*, which synthetic_subset is not"),
+        ("analysis.attention", ("synthetic_none_ffn",), "full or flash attention .*, which synthetic_none_ffn is not"),
+        ("stages.synthetic_vanilla.look_back", 20, "config.analysis.forecasts=.* same data, look_back and horizon"),
     ],
 )
 def test_bad_fields_are_named(smoke, field, value, message):
@@ -433,11 +530,7 @@ def test_a_missing_data_set_is_left_out_with_a_word(tmp_path, monkeypatch, capsy
     monkeypatch.setenv("JAXPAPERS_DATA", str(tmp_path))
     (tmp_path / "run").mkdir()
     config = experiment.get_config("paper")
-    config.only = ("solar_96",)
-    from rich.console import Console
-
-    from experiments.harness import Run
-
+    config.only = config.analysis.costs = ("solar_96",)
     found = experiment.run(config, Run(tmp_path / "run", Console(stderr=True)))
     assert "Solar/solar_AL.txt is not in" in found["solar/left_out"]
     assert "solar is left out" in capsys.readouterr().err
@@ -462,7 +555,7 @@ def test_a_csv_is_forecast(tmp_path, capsys):
     source = write_csv(tmp_path / "data.csv")
     out = tmp_path / "new" / "forecast.csv"
     with launch._quick_compilation(True):
-        code = own_data.main(["forecast", str(source), "--horizon=12", f"--out={out}", *QUICK, "--seed=1"])
+        code = user_csv.main(["forecast", str(source), "--horizon=12", f"--out={out}", *QUICK, "--seed=1"])
     assert code == 0
     said = capsys.readouterr().out
     assert "12 steps of 3 columns" in said
@@ -478,6 +571,44 @@ def test_a_csv_is_forecast(tmp_path, capsys):
     assert not list(tmp_path.glob(".*"))  # no temporary file
 
 
+class Enough(Exception):
+    pass
+
+
+def test_a_short_csv_is_passed_over_until_an_epoch_is_100_updates(tmp_path, monkeypatch):
+    seen = {}
+
+    def fit(state, train_step, batches, num_steps, **options):
+        seen.update(options, state=state, step=train_step, batches=batches, num_steps=num_steps)
+        raise Enough
+
+    monkeypatch.setattr(user_csv, "fit", fit)
+    sizes = {"look_back": 24, "width": 16, "num_layers": 1, "epochs": 3, "batch_size": 16}
+    with pytest.raises(Enough):
+        user_csv.forecast_csv(write_csv(tmp_path / "data.csv"), 12, **sizes)
+    assert (seen["num_steps"], seen["evaluate_every"], seen["patience"]) == (300, 100, 300)
+    # Ten passes over the 173 windows of 208 rows, each with 13 left out.
+    counts = np.bincount(np.ravel(seen["batches"].batch_at(np.arange(100))))
+    assert len(counts) == 173
+    assert counts.sum() == 1600
+    assert counts.max() == 10
+    # The series is an argument of the program.
+    program = jax.make_jaxpr(seen["step"])(seen["state"], seen["batches"].batch_at(0), seen["key"])
+    assert max((np.size(constant) for constant in program.consts), default=0) < 260
+    assert seen["state"].extra.series.shape == (260, 3)
+
+
+def test_a_forecast_that_is_worse_than_none_is_warned_of(tmp_path, monkeypatch, capsys):
+    source = write_csv(tmp_path / "data.csv", dates=False)
+    for mse, warned in ((1.0, True), (0.5, False), (np.nan, True)):
+        found = user_csv.CsvForecast(read_csv(source), np.zeros((12, 3)), None, mse, 1.0, 1)
+        monkeypatch.setattr(user_csv, "forecast_csv", lambda *_, found=found, **__: found)
+        assert user_csv.main(["forecast", str(source), "--horizon=12", f"--out={tmp_path / 'out.csv'}"]) == 0
+        said = capsys.readouterr()
+        assert ("warning: this forecast is no better than repeating the last row" in said.err) == warned
+        assert f"MSE {mse:.3f}" in said.out
+
+
 @pytest.mark.parametrize(
     ("stamps", "expected"),
     [
@@ -488,7 +619,7 @@ def test_a_csv_is_forecast(tmp_path, capsys):
     ],
 )
 def test_dates_go_on(stamps, expected):
-    found = own_data.continued(np.array(stamps, "datetime64[s]"), 2)
+    found = user_csv.continued(np.array(stamps, "datetime64[s]"), 2)
     np.testing.assert_array_equal(found, np.array(expected, "datetime64[s]"))
 
 
@@ -496,7 +627,7 @@ def test_calendar_features_follow_the_step():
     steps = {"t": 900, "h": 3600, "d": 86_400}
     for freq, seconds in steps.items():
         stamps = np.datetime64("2020-01-01T00:00:00") + np.arange(5) * np.timedelta64(seconds, "s")
-        assert own_data.frequency(stamps) == freq
+        assert user_csv.frequency(stamps) == freq
 
 
 @pytest.mark.parametrize(
@@ -511,7 +642,7 @@ def test_calendar_features_follow_the_step():
 )
 def test_a_forecast_that_cannot_be_made_says_why(tmp_path, capsys, arguments, message):
     source = write_csv(tmp_path / "data.csv")
-    assert own_data.main(["forecast", str(source), f"--out={tmp_path / 'out.csv'}", *arguments]) == 2
+    assert user_csv.main(["forecast", str(source), f"--out={tmp_path / 'out.csv'}", *arguments]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert message in error
@@ -527,17 +658,17 @@ def test_a_csv_that_cannot_be_read_or_written_says_why(tmp_path, capsys):
         ([str(source), f"--out={tmp_path}"], "is a folder"),
         ([str(source), f"--out={tmp_path / 'out.png'}"], "cannot be both the csv and the plot"),
     ):
-        assert own_data.main(["forecast", *arguments, "--horizon=12"]) == 2
+        assert user_csv.main(["forecast", *arguments, "--horizon=12"]) == 2
         assert message in capsys.readouterr().err
     assert source.read_bytes() == before
     (tmp_path / "bad.csv").write_text("date,a\n2020-01-02,1\n2020-01-01,nan\n")
     with pytest.raises(CorruptData, match="not finite"):
-        own_data.forecast_csv(tmp_path / "bad.csv", 1, look_back=1)
+        user_csv.forecast_csv(tmp_path / "bad.csv", 1, look_back=1)
     falling = write_csv(tmp_path / "falling.csv")
     lines = falling.read_text().splitlines()
     falling.write_text("\n".join([lines[0], *reversed(lines[1:])]))
     with pytest.raises(ValueError, match="timestamps must rise"):
-        own_data.forecast_csv(falling, 12, look_back=24)
+        user_csv.forecast_csv(falling, 12, look_back=24)
 
 
 def test_all_models_of_the_stages_forecast(smoke, table):
@@ -548,6 +679,7 @@ def test_all_models_of_the_stages_forecast(smoke, table):
         {"model": "rlinear"},
         {"attention": "probsparse"},
         {"model": "vanilla", "attention": "probsparse", "distil": True},
+        {"model": "vanilla", "attention": "lsh"},
     ):
         changed = stage.copy_and_resolve_references()
         changed.update(changes)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy.special import erf, softmax
 
-from jaxpapers.nn.attention import probsparse_attention
+from jaxpapers.nn.attention import flash_attention, full_attention, probsparse_attention
 from jaxpapers.sequence import itransformer
 from jaxpapers.sequence.itransformer import (
     ATTENTIONS,
@@ -102,6 +102,23 @@ def test_golden_attention_maps(forward):
     y = dense(params["projection"], last).swapaxes(1, 2)
     mean, std = (golden["x"].mean(axis=1, keepdims=True), np.sqrt(golden["x"].var(axis=1, keepdims=True) + 1e-5))
     np.testing.assert_allclose(y * std + mean, golden["y_with_mark"], atol=ATOL)
+
+
+def test_attention_maps_of_functions(forward):
+    golden, params = forward
+    expected = analyse(params, golden["x"]).attention
+    for attention in (full_attention, partial(flash_attention, block_size=4)):
+        found = jax.jit(partial(itransformer.analyse, MODEL.clone(attention=attention)))(params, golden["x"])
+        np.testing.assert_allclose(found.attention, expected, atol=1e-6)
+
+
+def test_golden_number_of_picked_queries():
+    kernels = np.load(GOLDEN / "attention_kernels.npz")
+    q, k, v = (kernels[name] for name in "qkv")
+    options = {"factor": int(kernels["prob_factor"]), "sampled": kernels["prob_index_sample"]}
+    out = jax.jit(partial(probsparse_attention, **options))(q, k, v)
+    picked = np.abs(out - v.mean(axis=1, keepdims=True)).max(axis=-1) > 1e-5  # the others have the mean
+    assert (picked.sum(axis=1) == kernels["prob_n_top"]).all()
 
 
 def test_golden_forecast_in_float64(forward):
@@ -409,6 +426,65 @@ def test_sown_maps_of_masked_attention_see_no_future(window):
     assert (cross > 0).all()
 
 
+@pytest.mark.parametrize("factor", [1, 9], ids=["some", "all"])
+def test_causal_probsparse_attention_is_its_formula(factor):
+    rng = np.random.default_rng(8)
+    q, k, v = rng.normal(size=(3, 2, 11, 3, 4)).astype(np.float32)
+    count = min(3 * factor, 11)  # ln(11) is 2.4
+    sampled = rng.integers(0, 11, (11, count))
+    attend = jax.jit(partial(baselines.causal_probsparse_attention, factor=factor))
+    found = attend(q, k, v, sampled=sampled)
+    for b, h in np.ndindex(2, 3):
+        logits = np.float64(q[b, :, h]) @ np.float64(k[b, :, h]).T
+        met = np.take_along_axis(logits, sampled, axis=1)
+        picked = np.argsort(met.max(axis=1) - met.sum(axis=1) / 11)[-count:]
+        for t in range(11):
+            past = np.float64(v[b, : t + 1, h])
+            weights = softmax(logits[t, : t + 1] / 2) if t in picked else np.ones(t + 1)
+            np.testing.assert_allclose(found[b, t, h], weights @ past, atol=ATOL)
+    if factor == 9:
+        causal = full_attention(q, k, v, mask=np.tri(11, dtype=bool))
+        np.testing.assert_allclose(attend(q, k, v), causal, atol=ATOL)  # whatever keys are drawn
+
+
+def test_informers_decoder_is_probsparse(window):
+    # With so large a factor all queries are picked, and it is the decoder of full attention; with a small one not.
+    calendar = np.zeros((BATCH, TIME, MARKS), np.float32)
+    memory, variables = window @ np.ones((VARIATES, 16), np.float32), None
+    outputs = []
+    for factor in (None, 99, 1):
+        decoder = baselines.TimeDecoder(16, 24, 1, 4, probsparse_factor=factor)
+        variables = variables or drawn(jax.eval_shape(decoder.init, jax.random.key(0), window, calendar, memory))
+        outputs.append(compiled(decoder)(variables, window, calendar, memory))
+    np.testing.assert_allclose(outputs[1], outputs[0], atol=1e-5)
+    assert np.abs(outputs[2] - outputs[0]).max() > 1e-3
+    # And the model has such a decoder.
+    informer = VANILLA.clone(attention="probsparse", num_layers=1)
+    params = initial(informer)["params"]
+    encoder = baselines.TimeEncoder(16, 24, 1, 4, attention="probsparse")
+    memory = compiled(encoder)({"params": params["encoder"]}, window, None)
+    shown = np.concatenate([window[:, -12:], np.zeros((BATCH, HORIZON, VARIATES), np.float32)], axis=1)
+    y = compiled(decoder)({"params": params["decoder"]}, shown, None, memory)[:, 12:]
+    np.testing.assert_allclose(compiled(informer)({"params": params}, window), y, atol=1e-6)
+
+
+def test_reformer_is_an_encoder_of_the_window_and_zeros(window):
+    model = VANILLA.clone(attention="lsh")
+    variables = initial(model, marks=True)
+    mark = np.random.default_rng(9).normal(size=(BATCH, TIME + HORIZON, MARKS)).astype(np.float32)
+    y = compiled(model)(variables, window, mark[:, :TIME], mark[:, TIME:])
+    params = variables["params"]
+    assert set(params) == {"encoder", "projection"}
+    encoder = baselines.TimeEncoder(16, 24, 2, 4, attention="lsh")
+    padded = np.concatenate([window, np.zeros((BATCH, HORIZON, VARIATES), np.float32)], axis=1)
+    h = compiled(encoder)({"params": params["encoder"]}, padded, mark)
+    np.testing.assert_allclose(y, dense(params["projection"], np.float64(h))[:, TIME:], atol=ATOL)
+    with pytest.raises(ValueError, match="distil leaves no token for each step"):
+        model.clone(distil=True).init(jax.random.key(0), window)
+    read = params_from_torch({"projection.weight": np.zeros((VARIATES, 16), np.float32)})
+    assert read["projection"]["kernel"].shape == params["projection"]["kernel"].shape
+
+
 def test_sinusoidal_positions():
     table = baselines.sinusoidal_positions(10, 6)
     for t, i in np.ndindex(10, 3):
@@ -418,7 +494,7 @@ def test_sinusoidal_positions():
 
 
 @pytest.mark.parametrize("attention", ["flash", "flow", "probsparse", "lsh"])
-def test_every_attention_serves_the_vanilla_encoder(attention, window):
+def test_every_attention_serves_the_vanilla_transformer(attention, window):
     model = VANILLA.clone(attention=attention)
     assert jax.eval_shape(partial(model.apply, initial(model)), window).shape == (BATCH, HORIZON, VARIATES)
 
@@ -462,7 +538,7 @@ def test_distilling_halves_the_tokens(window):
 
 
 def test_informer_trains(window):
-    model = VANILLA.clone(attention=partial(probsparse_attention, factor=3), distil=True)
+    model = VANILLA.clone(attention="probsparse", factor=3, distil=True)
     variables = initial(model)
     options = {"deterministic": False, "mutable": "batch_stats", "rngs": {"dropout": jax.random.key(0)}}
     y, changed = jax.eval_shape(partial(model.apply, variables, **options), window)
@@ -572,7 +648,7 @@ def test_bad_input_is_refused(window):
     with pytest.raises(ValueError, match="patch_len <= 27 = time"):
         PATCHES.clone(patch_len=28).init(key, window)
     for model in (MODEL.clone(attention="flow"), MODEL.clone(variate="none")):
-        with pytest.raises(ValueError, match="only 'full' and 'flash' attention"):
+        with pytest.raises(ValueError, match="only full and flash attention"):
             itransformer.analyse(model, {}, window)
     with pytest.raises(ValueError, match=r"'encoder\.attn_layers\.0\.norm4\.weight' is no parameter"):
         params_from_torch({"encoder.attn_layers.0.norm4.weight": np.zeros(3)})

@@ -1,5 +1,6 @@
 """What iTransformer is compared with: the Transformer of time tokens, DLinear, RLinear, PatchTST (Tables 1 and 2)."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -8,20 +9,21 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from jaxpapers.nn.attention import AttentionFunction, full_attention
+from jaxpapers.nn.attention import AttentionFunction, full_attention, probsparse_attention
 from jaxpapers.nn.dropout import Dropout
 from jaxpapers.nn.encoder import LAYER_NORM_EPSILON, EncoderMLP, MultiHeadAttention, gelu
 from jaxpapers.nn.initializers import torch_default_bias_init, torch_default_kernel_init, torch_dense
+from jaxpapers.nn.norms import torch_batch_norm
 from jaxpapers.sequence.itransformer.model import (
     AnyArray,
     Block,
     check_window,
     instance_denorm,
     instance_norm,
-    torch_batch_norm,
 )
 
 
@@ -152,13 +154,14 @@ class TimeEncoder(nn.Module):
 class TimeDecoder(nn.Module):
     """Decoder on time tokens: embedding, causal and cross-attention, LayerNorm, a map to the variates.
 
-    Attributes as of `VanillaTransformer`.
+    Attributes as of `VanillaTransformer` and `DecoderBlock`.
     """
 
     d_model: int
     d_ff: int
     num_layers: int
     num_heads: int
+    probsparse_factor: int | None = None
     activation: Callable[[Array], Array] = gelu
     dropout_rate: float = 0.0
     dtype: DTypeLike | None = None
@@ -182,7 +185,13 @@ class TimeDecoder(nn.Module):
         h = TimeEmbedding(self.d_model, self.dropout_rate, self.dtype, name="embedding")(x, marks, deterministic)
         for layer in range(self.num_layers):
             block = DecoderBlock(
-                self.num_heads, self.d_ff, self.activation, self.dropout_rate, self.dtype, name=f"layers_{layer}"
+                self.num_heads,
+                self.d_ff,
+                self.probsparse_factor,
+                self.activation,
+                self.dropout_rate,
+                self.dtype,
+                name=f"layers_{layer}",
             )
             h = block(h, memory, deterministic)
         h = nn.LayerNorm(LAYER_NORM_EPSILON, dtype=self.dtype, name="norm")(h)
@@ -195,13 +204,15 @@ class DecoderBlock(nn.Module):
     Attributes:
         num_heads: of both attentions.
         hidden: units of the feed-forward layer.
+        probsparse_factor: of ProbSparse attention in both places; None: full attention.
         activation: of the feed-forward layer.
-        dropout_rate: of the branches, inside the feed-forward layer, and of the weights of attention.
+        dropout_rate: of the branches, inside the feed-forward layer, and of the weights of full attention.
         dtype: of the computation; None: that of inputs and parameters.
     """
 
     num_heads: int
     hidden: int
+    probsparse_factor: int | None = None
     activation: Callable[[Array], Array] = gelu
     dropout_rate: float = 0.0
     dtype: DTypeLike | None = None
@@ -214,13 +225,15 @@ class DecoderBlock(nn.Module):
         deterministic: bool = True,
     ) -> Float[Array, "batch tokens width"]:
         """Applies the block."""
-
-        def attention(name: str, **options: Any) -> MultiHeadAttention:
-            function = partial(full_attention, dropout_rate=self.dropout_rate, **options)
-            return MultiHeadAttention(self.num_heads, function, dtype=self.dtype, name=f"{name}_attention")
-
-        own = attention("self", mask=np.tri(x.shape[1], dtype=bool))
-        cross = attention("cross")
+        full = partial(full_attention, dropout_rate=self.dropout_rate)
+        functions: tuple[AttentionFunction, ...] = (partial(full, mask=np.tri(x.shape[1], dtype=bool)), full)
+        if self.probsparse_factor is not None:
+            sparse = causal_probsparse_attention, probsparse_attention
+            functions = tuple(partial(function, factor=self.probsparse_factor) for function in sparse)
+        own, cross = (
+            MultiHeadAttention(self.num_heads, function, dtype=self.dtype, name=f"{name}_attention")
+            for name, function in zip(("self", "cross"), functions, strict=True)
+        )
         mlp = EncoderMLP(self.hidden, self.activation, self.dropout_rate, self.dtype, name="mlp")
         branches = (
             ("self_norm", lambda x: own(x, deterministic=deterministic)),
@@ -233,23 +246,70 @@ class DecoderBlock(nn.Module):
         return x
 
 
-class VanillaTransformer(nn.Module):
-    """The Transformer that is inverted: encoder and decoder on tokens of time steps (Table 2, "Original").
+def causal_probsparse_attention(
+    q: Float[AnyArray, "batch tokens heads head_dim"],
+    k: Float[AnyArray, "batch tokens heads head_dim"],
+    v: Float[AnyArray, "batch tokens heads value_dim"],
+    *,
+    key: PRNGKeyArray | None = None,
+    factor: int = 1,
+    sampled: Int[AnyArray, "tokens samples"] | None = None,
+) -> Float[Array, "batch tokens heads value_dim"]:
+    """ProbSparse attention of a decoder to its own past: queries that are not picked get the sum of the values so far.
 
-    Its decoder sees the last known steps and zeros in the place of those to come, and always has full attention. With
-    attention="probsparse" and `distil` the encoder is Informer's, whose own decoder has ProbSparse self-attention, too.
-    The authors' Reformer has no decoder.
+    Queries are picked as by `nn.attention.probsparse_attention`, of which this is the masked kind (Informer, arXiv
+    2012.07436, Sec. 3.1): the keys that a query meets for it are drawn from all, in the authors' code as well, so that
+    what is picked, though nothing else, depends on tokens to come.
+
+    Args:
+        q: queries.
+        k: keys.
+        v: values.
+        key: of the drawn keys.
+        factor: factor * ceil(ln(tokens)) keys are drawn for a query, and queries picked, but no more than there are.
+        sampled: indices of the keys that each query meets, instead of drawn ones.
+    """
+    q, k, v = (jnp.moveaxis(jnp.asarray(each), 2, 1) for each in (q, k, v))
+    batch, heads, tokens, head_dim = q.shape
+    count = min(factor * max(math.ceil(math.log(tokens)), 1), tokens)
+    if sampled is None:
+        key = jax.random.key(0) if key is None else key
+        sampled = jax.random.randint(key, (tokens, count), 0, tokens)
+    exact = jnp.promote_types(q.dtype, jnp.float32)
+    # Which queries are picked has no derivative.
+    still_q, still_k = (lax.stop_gradient(each).astype(exact) for each in (q, k))
+    met = lax.map(lambda index: jnp.sum(still_q * still_k[:, :, index], axis=-1), jnp.asarray(sampled).T)
+    _, picked = lax.top_k(jnp.max(met, axis=0) - jnp.sum(met, axis=0) / tokens, count)
+    asking = jnp.take_along_axis(q, picked[..., None], axis=2)
+    logits = jnp.einsum("bhqd,bhkd->bhqk", asking, k, preferred_element_type=exact) * head_dim**-0.5
+    weights = jax.nn.softmax(jnp.where(jnp.arange(tokens) <= picked[..., None], logits, -jnp.inf), axis=-1)
+    attended = jnp.einsum("bhqk,bhkd->bhqd", weights.astype(v.dtype), v)
+    place = jnp.arange(batch)[:, None, None], jnp.arange(heads)[:, None], picked
+    return jnp.moveaxis(jnp.cumsum(v, axis=2).at[place].set(attended, unique_indices=True), 1, 2)
+
+
+class VanillaTransformer(nn.Module):
+    """The Transformers of time tokens that are inverted (Table 2, "Original").
+
+    An encoder on the window and a decoder that sees the last known steps and zeros in the place of those to come. The
+    name of the attention chooses the authors' model:
+
+    full, flow, flash    Transformer, Flowformer, Flashformer: the encoder's attention; that of the decoder is full
+    probsparse           Informer (with `distil`): ProbSparse attention in the decoder, too
+    lsh                  Reformer: no decoder; the encoder sees the zeros behind the window, and a map of its tokens is
+                         the forecast
 
     Attributes:
         pred_len: S, steps of the forecast.
         d_model: D, width of a token.
         d_ff: hidden units of the feed-forward layers.
         num_layers: blocks of the encoder.
-        num_decoder_layers: blocks of the decoder.
+        num_decoder_layers: blocks of the decoder, where there is one.
         num_heads: of attention; they divide d_model.
         label_len: known steps that the decoder sees.
-        attention: of the encoder, one of `ATTENTIONS`, or a function of `nn.attention`.
-        distil: halve the tokens between the encoder's blocks (with BatchNorm: variables `batch_stats`).
+        attention: one of `ATTENTIONS`, see above, or a function of `nn.attention` for the encoder.
+        factor: of ProbSparse attention.
+        distil: halve the tokens between the encoder's blocks (with BatchNorm: variables `batch_stats`); not with "lsh".
         use_norm: take mean and standard deviation out of the window and give them back to the forecast.
         channel_independent: forecast every variate alone, by the same parameters.
         activation: of the feed-forward layers.
@@ -265,6 +325,7 @@ class VanillaTransformer(nn.Module):
     num_heads: int = 8
     label_len: int = 48
     attention: str | AttentionFunction = "full"
+    factor: int = 1
     distil: bool = False
     use_norm: bool = False
     channel_independent: bool = False
@@ -291,11 +352,13 @@ class VanillaTransformer(nn.Module):
 
         Raises:
             ValueError: T or S below 1; marks of other windows, or of one side alone; a label_len that the window has
-                not; NaN in x, outside of jit; or as `Block`.
+                not; `distil` with "lsh"; NaN in x, outside of jit; or as `Block`.
         """
         check_window(x, marks, self.pred_len)
         if not 0 <= self.label_len <= x.shape[1]:
             raise ValueError(f"label_len must be between 0 and the window's {x.shape[1]} steps, got {self.label_len}")
+        if self.distil and self.attention == "lsh":
+            raise ValueError("distil leaves no token for each step to come, which attention 'lsh' needs")
         ahead = (x.shape[0], self.pred_len)
         if (marks is None) != (future_marks is None) or (future_marks is not None and future_marks.shape[:2] != ahead):
             raise ValueError(f"marks and future_marks go together, the latter of batch and time {ahead}")
@@ -316,17 +379,27 @@ class VanillaTransformer(nn.Module):
             "dtype": self.dtype,
         }
         sizes |= {"activation": self.activation, "dropout_rate": self.dropout_rate}
+        probsparse = self.attention == "probsparse"
+        attention = partial(probsparse_attention, factor=self.factor) if probsparse else self.attention
         encoder = TimeEncoder(
-            num_layers=self.num_layers, attention=self.attention, distil=self.distil, name="encoder", **sizes
+            num_layers=self.num_layers, attention=attention, distil=self.distil, name="encoder", **sizes
         )
-        memory = encoder(x, marks, deterministic)
-        shown = x[:, x.shape[1] - self.label_len :]
-        shown = jnp.pad(shown, ((0, 0), (0, self.pred_len), (0, 0)))
+        # What is known at the end of the window, and zeros.
+        known = x.shape[1] if self.attention == "lsh" else self.label_len
+        shown = jnp.pad(x[:, x.shape[1] - known :], ((0, 0), (0, self.pred_len), (0, 0)))
+        calendar = None
         if marks is not None:
-            past = marks[:, marks.shape[1] - self.label_len :]
-            marks = jnp.concatenate([past, jnp.asarray(future_marks)], axis=1)
-        decoder = TimeDecoder(num_layers=self.num_decoder_layers, name="decoder", **sizes)
-        y = decoder(shown, marks, memory, deterministic)[:, self.label_len :]
+            past = jnp.asarray(marks)[:, marks.shape[1] - known :]
+            calendar = jnp.concatenate([past, jnp.asarray(future_marks)], axis=1)
+        if self.attention == "lsh":
+            h = encoder(shown, calendar, deterministic)
+            y = torch_dense(x.shape[2], self.d_model, dtype=self.dtype, name="projection")(h)
+        else:
+            memory = encoder(x, marks, deterministic)
+            factor = self.factor if probsparse else None
+            decoder = TimeDecoder(num_layers=self.num_decoder_layers, probsparse_factor=factor, name="decoder", **sizes)
+            y = decoder(shown, calendar, memory, deterministic)
+        y = y[:, known:]
         if self.channel_independent:
             y = unfold_variates(y[..., 0], variates)
         return instance_denorm(y, stats) if self.use_norm else y

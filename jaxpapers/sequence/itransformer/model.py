@@ -23,13 +23,11 @@ from jaxpapers.nn.attention import (
 from jaxpapers.nn.dropout import Dropout
 from jaxpapers.nn.encoder import LAYER_NORM_EPSILON, EncoderMLP, MultiHeadAttention, gelu
 from jaxpapers.nn.initializers import torch_dense
-from jaxpapers.nn.resnet import EPSILON, MOMENTUM
-
-AnyArray = Array | np.ndarray
+from jaxpapers.nn.norms import torch_batch_norm
+from jaxpapers.typing import AnyArray
 
 ATTENTIONS = ("full", "flash", "flow", "probsparse", "lsh")
 COMPONENTS = ("attention", "ffn", "none")
-torch_batch_norm = partial(nn.BatchNorm, momentum=MOMENTUM, epsilon=EPSILON)
 
 
 class Stats(NamedTuple):
@@ -351,10 +349,10 @@ def analyse(
     Raises:
         ValueError: a model without attention maps, or as the model.
     """
-    if model.attention not in ("full", "flash") or model.variate != "attention":
+    attention = getattr(model.attention, "func", model.attention)  # what a partial is of
+    if attention not in ("full", "flash", full_attention, flash_attention) or model.variate != "attention":
         raise ValueError(
-            f"only 'full' and 'flash' attention on the variate axis have maps, got {model.attention!r} as "
-            f"{model.variate!r}"
+            f"only full and flash attention on the variate axis have maps, got {model.attention!r} as {model.variate!r}"
         )
     forecast, sown = model.apply({"params": params}, x, marks, mutable="intermediates")
     encoder = sown["intermediates"]["encoder"]
@@ -401,8 +399,8 @@ def params_from_torch(state: Mapping[str, Float[AnyArray, "..."]]) -> PyTree:
     """Parameters of `ITransformer` or `VanillaTransformer` from a checkpoint of the authors' code.
 
     Args:
-        state: the state dict of iTransformer, iFlowformer, iFlashformer, iInformer or iReformer, or of an
-            encoder-decoder Transformer without distilling.
+        state: the state dict of iTransformer, iFlowformer, iFlashformer, iInformer or iReformer, or of the models that
+            these invert; of Informer without distilling.
 
     Raises:
         ValueError: a name that neither model has.
@@ -434,6 +432,7 @@ _PREFIXES = {
     "decoder.norm": "decoder.norm",
     "decoder.projection": "decoder.projection",
     "projector": "projection",
+    "projection": "projection",
 }
 _LAYERS = {
     "encoder.attn_layers": {
@@ -467,4 +466,4 @@ def _path(module: str, name: str) -> list[str]:
         for pattern, ours in patterns.items():
             if found := re.fullmatch(pattern, inside[2]):
                 return [stack.split(".")[0], f"layers_{inside[1]}", *found.expand(ours).split(".")]
-    raise ValueError(f"{name!r} is no parameter of iTransformer or of the encoder-decoder Transformer")
+    raise ValueError(f"{name!r} is no parameter of iTransformer or of the Transformers that it inverts")
