@@ -79,7 +79,7 @@ def make(
         torch,
         theirs,
         their_loss,
-        torch.optim.AdamW(theirs.parameters(), lr=RATE, weight_decay=DECAY),
+        torch.optim.AdamW(theirs.parameters(), lr=RATE, weight_decay=DECAY, fused=True),
         convert,
         our_loss,
         make_optimizer("adamw", RATE, weight_decay=DECAY),

@@ -29,7 +29,7 @@ NAMES = {
 }
 RIVALS = ("swiglu", "relu2", "relu", "gelu")
 COMPARED = ("polynorm", "polyrelu", *RIVALS)
-TEXT_NAMES = {"wikitext2_small": "WikiText-2"}
+TEXT_NAMES = {"wikitext2_small": "WikiText-2, small"}
 
 
 def label(name: str, config: ConfigDict) -> str:
@@ -52,8 +52,14 @@ def other_text(name: str, config: ConfigDict) -> bool:
 
 
 def main_stages(config: ConfigDict) -> list[str]:
-    """The stages that are named after an activation of the paper's comparison; all, if none is."""
-    return [name for name in config.stages if name in COMPARED] or [*config.stages]
+    """The stages that are named after an activation of the paper's comparison, in its order; all, if none is."""
+    return [name for name in COMPARED if name in config.stages] or in_order(config)
+
+
+def in_order(config: ConfigDict) -> list[str]:
+    """All stages, their activations in the order of `NAMES`: a ConfigDict has its fields in that of the alphabet."""
+    activations = [*NAMES]
+    return sorted(config.stages, key=lambda name: activations.index(config.stages[name].activation))
 
 
 def unit(names: Sequence[str], config: ConfigDict) -> str:
@@ -124,7 +130,7 @@ def draw_approximation(metrics: Metrics) -> Figure:
 
 def draw_ranks(metrics: Metrics, config: ConfigDict) -> Figure:
     """Effective rank of the matrices of the feed-forward blocks, a dot a seed."""
-    names = [name for name in config.stages if f"{name}/rank/up" in metrics and not other_text(name, config)]
+    names = [name for name in in_order(config) if f"{name}/rank/up" in metrics and not other_text(name, config)]
     figure, axes = figures.panels(2)
     for ax, matrix, title in zip(axes, ("up", "down"), ("first matrix", "last matrix"), strict=True):
         _dots(ax, [metrics[f"{name}/rank/{matrix}"] for name in names], [label(name, config) for name in names])

@@ -4,7 +4,6 @@ A part of `polycom`.
 """
 
 import math
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -15,6 +14,7 @@ import numpy as np
 from jax import Array
 from ml_collections import ConfigDict
 
+from experiments.timing import least_seconds
 from jaxpapers.components.polycom import (
     exact_product,
     exact_square,
@@ -96,9 +96,7 @@ def analyse_overhead(config: ConfigDict) -> dict[str, Any]:
 
         run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(x, coeffs).compile()
         metrics[f"overhead/{name}/temporary_bytes"] = run.memory_analysis().temp_size_in_bytes
-        metrics[f"overhead/{name}/milliseconds"] = 1e3 * _least_seconds(
-            lambda run=run: run(x, coeffs), settings.repeats
-        )
+        metrics[f"overhead/{name}/milliseconds"] = 1e3 * least_seconds(partial(run, x, coeffs), settings.repeats)
     with jax.enable_x64(True):
         exact = np.asarray(x[: settings.exact_tokens], np.float64)
         a = np.linspace(-0.5, 0.7, settings.order + 1)
@@ -123,13 +121,3 @@ def residual_bytes(function: Callable[..., Array], *args: Any) -> int:
 
     jax.eval_shape(trace, *args)
     return sum(kept.values())
-
-
-def _least_seconds(call: Callable[[], Any], repeats: int) -> float:
-    jax.block_until_ready(call())
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        jax.block_until_ready(call())
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)

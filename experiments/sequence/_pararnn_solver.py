@@ -5,7 +5,6 @@ one after the other through one program: what takes the time is compiling, and `
 """
 
 import math
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -16,6 +15,7 @@ import numpy as np
 from jax import Array
 from ml_collections import ConfigDict
 
+from experiments.timing import least_seconds
 from jaxpapers.sequence.pararnn import GRUParams, LSTMParams, Solver, init_gru, init_lstm, preactivations, solve
 from jaxpapers.train import jit_once
 
@@ -138,7 +138,7 @@ def analyse_speed(config: ConfigDict) -> dict[str, Any]:
         for length in settings.lengths:
             params, g = draw(jax.random.key(config.seed), cell, settings.width, length, settings.batch_size)
             for method in methods:
-                times[method].append(least_seconds(params, g, method, settings.repeats))
+                times[method].append(forward_seconds(params, g, method, settings.repeats))
         metrics |= {f"speed/{cell}/{method}": np.array(seconds) for method, seconds in times.items()}
         best = np.minimum(times["parallel"], times["chunked"])
         metrics[f"speed_up/{cell}"] = np.array(times["sequential"]) / best
@@ -148,13 +148,7 @@ def analyse_speed(config: ConfigDict) -> dict[str, Any]:
     return metrics
 
 
-def least_seconds(params: GRUParams | LSTMParams, g: Array, method: str, repeats: int) -> float:
-    """Of one forward pass."""
+def forward_seconds(params: GRUParams | LSTMParams, g: Array, method: str, repeats: int) -> float:
+    """Of one forward pass, the least of so many."""
     forward = jax.jit(lambda params, g: solve(params, g, solver=Solver(method=method)).states)
-    jax.block_until_ready(forward(params, g))
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        jax.block_until_ready(forward(params, g))
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
+    return least_seconds(partial(forward, params, g), repeats)

@@ -5,7 +5,6 @@ A part of `pararnn`. All mixers of a task, or of a corpus, see the same batches 
 
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -21,7 +20,7 @@ from experiments.harness import Run
 from experiments.sequence._pararnn_solver import CELLS
 from jaxpapers.components.polycom import FeedForward
 from jaxpapers.data import tasks
-from jaxpapers.data.text import Corpus, load_text, sample_text_windows, split_text, text_windows, tokenise
+from jaxpapers.data.text import Corpus, load_text, sample_text_windows, text_windows
 from jaxpapers.nn.transformer import swiglu_width
 from jaxpapers.sequence.pararnn import (
     SIZES,
@@ -58,7 +57,6 @@ GENERATORS: dict[str, Callable[..., tasks.TaskBatch]] = {
     "mqar": tasks.mqar,
     "keep_nth": tasks.keep_nth,
 }
-OWN_SOURCE = "own_source"  # this file: a text that needs no download, for `smoke`
 TEST_ROWS = 1_000  # test sequences that are answered together
 NEWTON = Solver(method="chunked", max_iterations=3)  # the paper's, to see what it leaves after training
 # Without the clip three iterations need not be enough (App. C.1), and what is trained must be the RNN.
@@ -138,7 +136,7 @@ def set_up_task(name: str, mixer: str, config: ConfigDict, jit: Callable[..., Ca
 
     def loss_fn(params: Any, extra: Any, batch: tasks.TaskBatch, key: Array) -> tuple:
         logits, sown = model.apply({"params": params}, batch.tokens, mutable="diagnostics")
-        loss, terms = language_loss(logits, batch.labels, batch.mask.astype(logits.dtype), z_loss=0.0)
+        loss, terms = language_loss(logits, batch.labels, batch.mask.astype(logits.dtype))
         residual = newton_residual(sown.get("diagnostics", {}))
         return loss, (extra, {"accuracy": terms.accuracy, "newton_residual": residual})
 
@@ -290,7 +288,7 @@ def set_up_lm(
 
     def evaluate(params: Any, tokens: Array) -> dict[str, Array]:
         logits = exact.apply({"params": params}, tokens[:, :-1])
-        _, terms = language_loss(logits, tokens[:, 1:], z_loss=0.0)
+        _, terms = language_loss(logits, tokens[:, 1:])
         _, sown = parallel.apply({"params": params}, tokens[:, :-1], mutable="diagnostics")
         return {
             "cross_entropy": terms.cross_entropy,
@@ -350,6 +348,4 @@ def load_corpus(config: ConfigDict) -> Corpus:
     Raises:
       DataNotFound: its file is missing and cannot be downloaded.
     """
-    if config.lm.text == OWN_SOURCE:
-        return tokenise(split_text(Path(__file__).read_text(encoding="utf8")), config.lm.encoding)
     return load_text(config.lm.text, config.lm.encoding)

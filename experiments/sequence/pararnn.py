@@ -50,7 +50,6 @@ from experiments.sequence._pararnn_solver import (
     analyse_speed,
 )
 from experiments.sequence._pararnn_training import (
-    OWN_SOURCE,
     lm_recipe,
     load_corpus,
     set_up_lm,
@@ -60,7 +59,7 @@ from experiments.sequence._pararnn_training import (
 )
 from jaxpapers.components.polycom import ACTIVATIONS
 from jaxpapers.data.download import DataNotFound
-from jaxpapers.data.text import TEXTS, Corpus
+from jaxpapers.data.text import OWN_SOURCE, TEXTS, Corpus
 from jaxpapers.ops.newton import METHODS
 from jaxpapers.sequence.pararnn import MIXERS, SIZES, VOCABULARY
 from jaxpapers.train import abstract, abstractly, state_shardings, update_program

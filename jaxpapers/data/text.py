@@ -5,6 +5,7 @@
 | `tinyshakespeare` | Karpathy's char-rnn | first 90 % of the characters | the rest |
 | `wikitext2_small` | WikiText-2 (Merity et al. 2016), v1, with `<unk>` | its validation file | its test file |
 | `movie_reviews` | polarity dataset v2.0 (Pang and Lee 2004), as NLTK packs it | folds 0 to 8 | fold 9 |
+| `own_source` | this file, which no program has to download | first 90 % of the characters | the rest |
 
 `wikitext2_small` has no part of WikiText-2's training file (10.8 MB): a result on it is no WikiText-2 result, and
 should say so. The folds of `movie_reviews` are the official ones, by the file names; its text here is the running text
@@ -18,6 +19,7 @@ of the reviews, positive and negative in turns, without their labels.
 
 import difflib
 import zipfile
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -80,7 +82,9 @@ TEXT_FILES = {
     ),
 }
 
-TEXTS = ("tinyshakespeare", "wikitext2_small", "movie_reviews")
+OWN_SOURCE = "own_source"  # a text that is always at hand, for programs that only have to run
+CHARACTERS = {"tinyshakespeare": 65, "wikitext2_small": 137, "movie_reviews": 74}  # different ones, of both parts
+TEXTS = (*CHARACTERS, OWN_SOURCE)
 ENCODINGS = ("characters", "bytes")
 NUM_BYTES = 256
 TRAIN_PART = 0.9
@@ -123,9 +127,25 @@ def load_text(name: str, encoding: str = "characters") -> Corpus:
         DataNotFound: a file is missing and cannot be downloaded.
         CorruptData: a file is not the official one.
     """
-    if encoding not in ENCODINGS:
-        raise ValueError(f"unknown encoding {encoding!r}, known are {ENCODINGS}")
+    _check_encoding(encoding)
     return tokenise(read_text(name), encoding)
+
+
+def vocabulary_size(name: str, encoding: str = "characters") -> int:
+    """Number of different tokens of a corpus, as `load_text` has them, without a look at its files.
+
+    Args:
+        name: one of `TEXTS`.
+        encoding: as of `load_text`.
+
+    Raises:
+        ValueError: the name or the encoding is unknown.
+    """
+    _check_encoding(encoding)
+    _check_name(name)
+    if encoding == "bytes":
+        return NUM_BYTES
+    return load_text(name).vocab_size if name == OWN_SOURCE else CHARACTERS[name]
 
 
 def read_text(name: str) -> Split:
@@ -136,9 +156,9 @@ def read_text(name: str) -> Split:
         DataNotFound: a file is missing and cannot be downloaded.
         CorruptData: a file is not the official one.
     """
-    if name not in TEXTS:
-        nearest = difflib.get_close_matches(name.lower(), TEXTS, n=1, cutoff=0.0)[0]
-        raise ValueError(f"unknown text {name!r}, nearest is {nearest!r}; known are {TEXTS}")
+    _check_name(name)
+    if name == OWN_SOURCE:
+        return split_text(Path(__file__).read_text(encoding="utf8"))
     if name == "tinyshakespeare":
         return split_text(_decoded(TEXT_FILES["tinyshakespeare"]))
     if name == "wikitext2_small":
@@ -166,10 +186,9 @@ def tokenise(split: Split, encoding: str = "characters") -> Corpus:
     Raises:
         ValueError: the encoding is unknown.
     """
+    _check_encoding(encoding)
     if encoding == "bytes":
         return Corpus(encode_bytes(split.train), encode_bytes(split.validation), None, NUM_BYTES)
-    if encoding != "characters":
-        raise ValueError(f"unknown encoding {encoding!r}, known are {ENCODINGS}")
     characters = character_set(split.train + split.validation)
     train, validation = (encode_characters(text, characters) for text in split)
     return Corpus(train, validation, characters, len(characters))
@@ -281,6 +300,17 @@ def check_window(length: int, window_length: int) -> None:
         raise ValueError(f"window_length must be at least 1, got {window_length}")
     if window_length > length:
         raise ValueError(f"windows of {window_length} tokens do not fit into a text of {length} tokens")
+
+
+def _check_name(name: str) -> None:
+    if name not in TEXTS:
+        nearest = difflib.get_close_matches(name.lower(), TEXTS, n=1, cutoff=0.0)[0]
+        raise ValueError(f"unknown text {name!r}, nearest is {nearest!r}; known are {TEXTS}")
+
+
+def _check_encoding(encoding: str) -> None:
+    if encoding not in ENCODINGS:
+        raise ValueError(f"unknown encoding {encoding!r}, known are {ENCODINGS}")
 
 
 def _known_tokens(tokens: Int[np.ndarray | Array, "time"], vocab_size: int) -> Int[np.ndarray, "time"]:

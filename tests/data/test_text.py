@@ -16,6 +16,8 @@ from scipy import stats
 from jaxpapers.data import text as text_module
 from jaxpapers.data.download import CorruptData, DataNotFound, OfficialFile, find
 from jaxpapers.data.text import (
+    ENCODINGS,
+    OWN_SOURCE,
     TEXT_FILES,
     TEXTS,
     Split,
@@ -30,6 +32,7 @@ from jaxpapers.data.text import (
     split_text,
     text_windows,
     tokenise,
+    vocabulary_size,
 )
 from jaxpapers.data.windows import host_batches
 
@@ -48,7 +51,7 @@ def test_official_tinyshakespeare():
     corpus = load_text("tinyshakespeare")
     assert (len(corpus.train), len(corpus.validation)) == (1_003_854, 111_540)
     assert corpus.characters == "\n !$&',-.3:;?ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
-    assert corpus.vocab_size == 65
+    assert corpus.vocab_size == vocabulary_size("tinyshakespeare") == 65
     assert decode_characters(corpus.train[:14], corpus.characters) == "First Citizen:"
     as_bytes = load_text("tinyshakespeare", "bytes")
     assert (as_bytes.vocab_size, as_bytes.characters) == (256, None)
@@ -64,6 +67,7 @@ def test_official_wikitext():
     assert [len(part.encode()) for part in split] == [1_121_681, 1_256_449]
     corpus = tokenise(split)
     assert corpus.characters is not None
+    assert corpus.vocab_size == vocabulary_size("wikitext2_small") == 137
     assert decode_characters(corpus.validation, corpus.characters) == split.validation
 
 
@@ -72,8 +76,8 @@ def test_official_movie_reviews():
     split = read_text("movie_reviews")
     assert len(split.train) + len(split.validation) == 7_786_004
     assert split.train.startswith("plot : two teen couples go to a church party")  # neg/cv000
-    corpus = tokenise(split, "bytes")
-    assert len(corpus.train) == len(split.train)  # it is ASCII
+    assert len(tokenise(split, "bytes").train) == len(split.train)  # it is ASCII
+    assert tokenise(split).vocab_size == vocabulary_size("movie_reviews") == 74
 
 
 def test_files_have_their_addresses():
@@ -147,10 +151,22 @@ def test_files_that_are_no_text_are_refused(register, key, name):
         read_text(name)
 
 
-@pytest.mark.parametrize("name", TEXTS)
+@pytest.mark.parametrize("name", [name for name in TEXTS if name != OWN_SOURCE])
 def test_a_missing_text_says_so(folder, name):
     with pytest.raises(DataNotFound, match=r"text/.* is not in"):
         read_text(name)
+
+
+def test_one_text_needs_no_file(folder):
+    split = read_text(OWN_SOURCE)
+    assert "def split_text(" in split.train + split.validation
+    for encoding in ENCODINGS:
+        assert load_text(OWN_SOURCE, encoding).vocab_size == vocabulary_size(OWN_SOURCE, encoding)
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_vocabularies_of_all_texts_are_known_without_their_files(folder, name):
+    assert 1 < vocabulary_size(name) < vocabulary_size(name, "bytes") == 256
 
 
 @pytest.mark.parametrize(
@@ -158,7 +174,7 @@ def test_a_missing_text_says_so(folder, name):
     [("shakespeare", "tinyshakespeare"), ("WikiText2", "wikitext2_small"), ("movies", "movie_reviews")],
 )
 def test_unknown_texts_get_the_nearest(name, nearest):
-    for read in (read_text, load_text):
+    for read in (read_text, load_text, vocabulary_size):
         with pytest.raises(ValueError, match=f"unknown text '{name}', nearest is '{nearest}'; known are"):
             read(name)
 
@@ -196,6 +212,7 @@ def test_decoding_takes_arrays_of_the_device_and_marks_what_was_cut():
         (lambda: decode_characters(np.array([-1]), "abc"), r"token -1 is outside of 0\.\.2"),
         (lambda: decode_bytes(np.array([256])), r"token 256 is outside of 0\.\.255"),
         (lambda: load_text("tinyshakespeare", "words"), "unknown encoding 'words', known are"),
+        (lambda: vocabulary_size("tinyshakespeare", "words"), "unknown encoding 'words', known are"),
         (lambda: tokenise(Split("a", "b"), "words"), "unknown encoding 'words', known are"),
         (lambda: split_text("abc", 1.1), "train_part must be between 0 and 1, got 1.1"),
     ],

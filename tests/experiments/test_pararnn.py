@@ -11,6 +11,7 @@ from experiments.catalogue import UsageError
 from experiments.harness import check_claims
 from experiments.sequence import pararnn as experiment
 from experiments.sequence._pararnn_training import lm_model, lm_recipe, optimizer_of, set_up_lm, set_up_task
+from jaxpapers.data.text import OWN_SOURCE, vocabulary_size
 from jaxpapers.train import abstractly, make_mesh
 
 CELLS = ("gru", "lstm")
@@ -87,11 +88,10 @@ def test_claims_fail_where_they_should(claim, changes):
     assert status(changes)[claim] == "fails"
 
 
-@pytest.mark.parametrize(
-    "fewer",
-    [("--config.lm.mixers=lstm", "--config.tasks.parity.mixers=attention"), pytest.param((), marks=pytest.mark.slow)],
-    ids=["fewer models", "all"],
-)
+FEWER = ("--config.lm.mixers=lstm", "--config.tasks.parity.mixers=attention")
+
+
+@pytest.mark.parametrize("fewer", [FEWER, pytest.param((), marks=pytest.mark.slow)], ids=["fewer models", "all"])
 def test_the_smoke_run(fewer, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("JAXPAPERS_DATA", str(tmp_path / "nothing"))  # it must need no file
     assert cli.main(["run", "pararnn:smoke", f"--workdir={tmp_path / 'run'}", *fewer]) == 0
@@ -206,6 +206,19 @@ def test_polynorm_takes_the_swiglus_place_at_equal_parameters():
         logits = jax.eval_shape(setup.model.apply, {"params": setup.state.params}, tokens)
         assert logits.shape == (2, 8, 7)
     assert sizes["polynorm"] - sizes["swiglu"] == 4 * config.lm.num_layers  # the coefficients
+
+
+@pytest.mark.slow
+def test_the_smoke_run_with_polynorm(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAXPAPERS_DATA", str(tmp_path / "nothing"))
+    options = (f"--workdir={tmp_path / 'run'}", *FEWER, "--config.lm.activation=polynorm")
+    assert cli.main(["run", "pararnn:smoke", *options]) == 0
+    metrics = json.loads((tmp_path / "run" / "results.json").read_text())["metrics"]
+    config, vocab_size = experiment.get_config("smoke"), vocabulary_size(OWN_SOURCE)
+    shapes = set_up_lm("lstm", vocab_size, config, jit=abstractly).state.params
+    swiglus = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    assert metrics["lm/lstm/parameters"] - swiglus == 4 * config.lm.num_layers
+    assert metrics["lm/lstm/perplexity"] < vocab_size  # that of a guess
 
 
 @pytest.mark.parametrize(

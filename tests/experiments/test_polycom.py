@@ -160,6 +160,22 @@ def test_the_smoke_run(tmp_path, monkeypatch, capsys):
     assert "by peak learning rate" in capsys.readouterr().err
 
 
+def test_the_table_has_the_papers_order_and_the_other_text_below():
+    config = experiment.get_config("small")
+    metrics = {f"{name}/{what}": [1.0] for name in config.stages for what in ("train", "validation")}
+    for name in experiment.COMPARED:
+        metrics |= {
+            f"{name}/rate_{rate:g}/{what}": [2.0] for rate in (1.5e-3, 6e-3) for what in ("train", "validation")
+        }
+    metrics |= {"wiki_swiglu/train": [1.5], "wiki_swiglu/validation": [1.625]}
+    lines = experiment.rate_table(metrics, config).splitlines()[1:]
+    names = ["PolyNorm", "PolyReLU", "SwiGLU", "ReLU²", "ReLU", "GELU"]
+    names += [f"{name}, WikiText-2, small" for name in ("PolyNorm", "SwiGLU")]
+    assert [line.split("  ")[0] for line in lines] == names
+    assert lines[0].endswith("0.0015: 2.000 / 2.000   0.003: 1.000 / 1.000   0.006: 2.000 / 2.000")
+    assert lines[-1].endswith(" 0.003: 1.500 / 1.625")
+
+
 @pytest.fixture(scope="module")
 def smoke():
     return experiment.get_config("smoke")
@@ -381,6 +397,15 @@ def test_bad_fields_of_models_with_a_size_are_named(tiny, assignment, message, t
         ({"lm": {"warmup": 10}}, "config.lm.warmup=10 must be from 0 to below 10"),
         ({"lm": {"last_rate": 0.0}}, "config.lm.last_rate=0.0 must be in"),
         ({"lm": {"clip_norm": 0.0}}, "config.lm.clip_norm=0.0 must be above 0"),
+        ({"lm": {"betas": (0.9, 1.0)}}, r"config.lm.betas=\(0.9, 1.0\) must be two numbers in \[0, 1\)"),
+        ({"lm": {"betas": (0.9,)}}, r"config.lm.betas=\(0.9,\) must be two numbers"),
+        ({"router": {"z_loss": -0.1}}, "config.router.z_loss=-0.1 must be at least 0"),
+        ({"router": {"load_balance": -1.0}}, "config.router.load_balance=-1.0 must be at least 0"),
+        ({"approximation": {"cells": ()}}, r"config.approximation.cells=\(\) must be some numbers, each at least 1"),
+        ({"approximation": {"levels": (1, 0)}}, r"config.approximation.levels=\(1, 0\) must be some numbers"),
+        ({"approximation": {"points": 0}}, "config.approximation.points=0 must be at least 1"),
+        ({"overhead": {"order": 0}}, "config.overhead.order=0 must be at least 1"),
+        ({"overhead": {"repeats": 0}}, "config.overhead.repeats=0 must be at least 1"),
         ({"lm": {"scan": True}}, "config.lm.scan=True must be False for small models"),
         ({"lm": {"microbatch": 2}}, "config.lm.microbatch=2 must be 0 for small models"),
         ({"lm": {"loss_chunk": -1}}, "config.lm.loss_chunk=-1 must be at least 0"),
