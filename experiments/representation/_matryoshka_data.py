@@ -2,7 +2,10 @@
 
 A part of `matryoshka`. The source "arrays" is a folder below the data folder that holds `train_images.npy`, uint8 of
 shape (images, side, side, 3), `train_labels.npy` (images,), `test_images.npy` and `test_labels.npy`: ImageNet, resized
-beforehand. The files are mapped into memory, not read.
+beforehand to 256 x 256 RGB. The files are mapped into memory, not read, and the images taken as they are. They should
+be the middle square of each picture, as long as its shorter side: the middle 224/256 of it, on which is tested, is then
+what the authors' loader shows. The random crops of the training come from that square, too, the authors' from anywhere
+in the picture.
 """
 
 from collections.abc import Callable

@@ -148,8 +148,8 @@ def draw_ablations(metrics: Metrics, name: str, config: ConfigDict) -> Figure:
         for variant, colour in ABLATIONS.items():
             known, values = curve(metrics, f"{name}/{variant}/{what}", recipe.nesting)
             if known:
-                mrl = curve(metrics, f"{name}/mrl/{what}", known)[1][:, : values.shape[1]]  # of the variant's seeds
-                plot(ax, known, values - mrl, colour, "-", NAMES[variant])
+                _, plain = curve(metrics, f"{name}/mrl/{what}", known)
+                plot(ax, known, values - plain[:, : values.shape[1]], colour, "-", NAMES[variant])  # of its own seeds
         ax.axhline(0, color=figures.GREY, linewidth=0.8)
         by_size(ax, recipe.nesting)
         ax.set(xlabel="size", title=title)

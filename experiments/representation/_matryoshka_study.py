@@ -7,8 +7,11 @@ A part of `matryoshka`. Accuracies are percentages, one number a seed; names of 
     <data>/<variant>/nn/<m>, /map/<m>   1-NN accuracy and mAP@k in the training images, k = config.<data>.neighbours
     <data>/<variant>/map@<k>/<m>, /precision@<k>/<m>, /recall@<k>/<m>, /hit@<k>/<m>
     <data>/retrieval/<way>/...          the same measures, as far as the lists go, and /mflops
-    <data>/cascade/<what>/<m>           (seeds, splits), of the cascade with the last exit m, or of the head m
-    <data>/cascade/oracle/<m>           share that any head up to m has right
+    <data>/cascade_<variant>/<what>/<m> (seeds, splits): `accuracy`, `expected` and `cumulative` size of the cascade
+                                        whose last exit is m; accuracy of this `head` alone
+    <data>/cascade_<variant>/thresholds (seeds, splits, heads but the last)
+    <data>/cascade_<variant>/oracle/<m> share that any head up to m has right; /oracle: any head
+    <data>/cascade_<variant>/majority   accuracy of the class that most heads predict
     <data>/few_shot/<variant>/<m>/<n>   nearest class mean of n examples
 """
 
@@ -44,7 +47,7 @@ Scores = defaultdict[str, list[Any]]
 MEASURES = ("map", "precision", "recall", "hit")
 
 learn_thresholds = jax.jit(mrl.learn_thresholds)
-cascade = jax.jit(mrl.cascade, static_argnames="max_exit")
+cascade = jax.jit(mrl.cascade)
 
 
 class Index(NamedTuple):
@@ -324,28 +327,35 @@ def score_cascade(
 ) -> None:
     """Adaptive classification: thresholds from a random part of the test images, accuracy and size on the others."""
     assert model.logits is not None
-    if model.mirrored is None:
-        probs = np.asarray(jax.nn.softmax(model.logits, axis=-1))
-    else:
-        probs = np.asarray(mrl.mirrored_probabilities(model.logits, model.mirrored))
+    answers = jax.device_get(answers_of(model.logits, model.mirrored))  # two numbers a head and image, for all splits
     labels, sizes, group = data.test_labels, model.nesting, f"cascade_{variant}"
-    right = np.argmax(probs, axis=-1) == labels
+    right = answers.prediction == labels
     rng = np.random.default_rng((seed, model.row.seed))
     found: Scores = defaultdict(list)  # one row a split
     for _ in range(recipe.splits):
         chosen, rest = np.split(rng.permutation(len(labels)), [recipe.calibration])
-        thresholds = learn_thresholds(probs[:, chosen], labels[chosen])
+        calibration, others = (mrl.HeadAnswers(*(part[:, index] for part in answers)) for index in (chosen, rest))
+        thresholds = learn_thresholds(calibration, labels[chosen])
         found["thresholds"].append(np.asarray(thresholds))
+        stops = np.asarray(cascade(others, thresholds).exit_index)
         for last, m in enumerate(sizes):
-            result = cascade(probs, thresholds, max_exit=last)
-            exits = np.asarray(result.exit_index)[rest]
-            found[f"accuracy/{m}"].append(percent(np.asarray(result.prediction)[rest] == labels[rest]))
+            exits = np.minimum(stops, last)  # what would go on to later heads stops at the last one that may be used
+            found[f"accuracy/{m}"].append(percent(right[exits, rest]))
             found[f"expected/{m}"].append(float(mrl.expected_size(exits, sizes)))
             found[f"cumulative/{m}"].append(float(mrl.expected_size(exits, sizes, cumulative=True)))
             found[f"head/{m}"].append(percent(right[last, rest]))
     for what, row in found.items():
         scores[f"{group}/{what}"].append(row)
     for last, m in enumerate(sizes):
-        scores[f"{group}/oracle/{m}"].append(100 * float(mrl.oracle_accuracy(probs[: last + 1], labels)))
-    scores[f"{group}/oracle"].append(100 * float(mrl.oracle_accuracy(probs, labels)))
-    scores[f"{group}/majority"].append(percent(np.asarray(mrl.majority_vote(probs)) == labels))
+        up_to = mrl.HeadAnswers(*(part[: last + 1] for part in answers))
+        scores[f"{group}/oracle/{m}"].append(100 * float(mrl.oracle_accuracy(up_to, labels)))
+    scores[f"{group}/oracle"].append(100 * float(mrl.oracle_accuracy(answers, labels)))
+    scores[f"{group}/majority"].append(percent(np.asarray(mrl.majority_vote(answers)) == labels))
+
+
+@jax.jit
+def answers_of(logits: Any, mirrored: Any) -> mrl.HeadAnswers:
+    """Class and confidence of every head (sizes, images), with the mirror images' logits (None: without)."""
+    if mirrored is None:
+        return mrl.head_answers(jax.nn.softmax(logits, axis=-1))
+    return mrl.head_answers(mrl.mirrored_probabilities(logits, mirrored))

@@ -9,6 +9,7 @@ changed in the same way, in the same order.
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -37,6 +38,7 @@ from jaxpapers.representation.matryoshka import (
     uniform_sizes,
 )
 from jaxpapers.train import (
+    POPULATION_RULES,
     LossFn,
     OnDevice,
     TrainState,
@@ -72,7 +74,6 @@ ONE_SIZE = ("ff", "contrastive_ff")  # variants whose models are trained for one
 ENCODERS = ("mlp", "resnet", "vit")
 VARIANTS = tuple(variant for variants in FAMILIES.values() for variant in variants)
 SLIM_WIDTHS = (0.25, 0.5, 0.75, 1.0)
-POPULATION_RULES = (("", PartitionSpec("data")),)  # on a mesh, every device trains its share of the models
 SCHEDULES = ("one_cycle", "triangle")
 
 
@@ -305,19 +306,35 @@ class Trained(NamedTuple):
     extra: Any
 
 
+class Extra(NamedTuple):
+    """What the state of a population holds beside parameters and optimizer.
+
+    Attributes:
+      models: of `extra_of`, a row a model.
+      images: of the training, which all models share.
+      labels: theirs.
+    """
+
+    models: Any
+    images: Array
+    labels: Array
+
+
 class Population(NamedTuple):
     """What trains the models of a family together.
 
     Attributes:
       rows: which model is which; the last one is repeated until the devices of a mesh can share them evenly.
-      state: before the first update.
-      train_step: of the population.
-      batches: images and labels, one row a model.
+      state: before the first update; its `extra` is an `Extra`.
+      draw: `(images, labels, numbers, step) -> batch`, images changed at random and labels, one row a model.
+      train_step: of the population, on numbers of images (seeds, batch).
+      batches: these numbers.
       keys: one a model.
     """
 
     rows: list[Row]
     state: TrainState
+    draw: Callable[[Array, Array, Array, Any], dict[str, Array]]
     train_step: TrainStep
     batches: OnDevice
     keys: Array
@@ -364,10 +381,8 @@ def set_up_population(
             params = {**params, "head": jax.tree.map(lambda leaf: scale * leaf, params["head"])}
         return params
 
-    def draw(step: Array) -> dict[str, Array]:
-        chosen = jnp.asarray(order)[:, step]
-        originals = pixels(jnp.asarray(images)[chosen])
-
+    def draw(images: Array, labels: Array, numbers: Array, step: Any) -> dict[str, Array]:
+        originals = pixels(images[numbers])
         step_keys = jax.vmap(lambda key: jax.random.fold_in(key, step))(data_keys)
 
         def view(keys: Array) -> Array:
@@ -377,13 +392,28 @@ def set_up_population(
         if family == "contrastive":
             others = jax.vmap(lambda key: jax.random.fold_in(key, 1))(step_keys)
             return {"image": view(step_keys), "other": view(others)}
-        return {"image": view(step_keys), "label": jnp.asarray(labels)[chosen][of_seed]}
+        return {"image": view(step_keys), "label": labels[numbers][of_seed]}
 
+    update = vmap_step(make_train_step(loss_of(family, recipe), optimizer))
+
+    def train_step(state: TrainState, numbers: Array, keys: Array) -> tuple:
+        # The images are an argument of the program, in the state; in a closure they would be a constant of it.
+        models, *data = state.extra
+        batch = draw(*data, numbers, state.step)
+        if mesh is not None:
+            batch = jax.lax.with_sharding_constraint(batch, NamedSharding(mesh, PartitionSpec("data")))
+        state, metrics = update(state.replace(extra=models), batch, keys)
+        return state.replace(extra=Extra(state.extra, *data)), metrics
+
+    state = create_population(start, optimizer, jnp.arange(len(rows)), extra, jit)
+    # Arrays of their own: an update gives up those of its state.
+    data = jit(partial(jax.tree.map, jnp.copy))((images, labels))
     return Population(
         rows,
-        create_population(start, optimizer, jnp.arange(len(rows)), extra, jit),
-        vmap_step(make_train_step(loss_of(family, recipe), optimizer)),
-        OnDevice(draw),
+        state.replace(extra=Extra(state.extra, *data)),
+        draw,
+        train_step,
+        OnDevice(lambda step: jnp.asarray(order)[:, step]),
         keys[of_seed],
     )
 
@@ -457,7 +487,7 @@ def train_family(
             log_every=10 * recipe.updates_per_call,
             rules=POPULATION_RULES if run.mesh else (),
         )
-        params, extra = to_host((fitted.state.params, fitted.state.extra))
+        params, extra = to_host((fitted.state.params, fitted.state.extra.models))
         for index, row in enumerate(rows):
             yield Trained(row, family, member(params, index), member(extra, index))
         return

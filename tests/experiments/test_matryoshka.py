@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 from scipy import ndimage
-from scipy.special import logsumexp
+from scipy.special import logsumexp, softmax
 
 from experiments import cli, launch
 from experiments.catalogue import UsageError
@@ -157,27 +157,33 @@ def set_up(family, data, recipe, **options):
     return training.set_up_population(family, data.train_images, data.train_labels, recipe, 0, **options)
 
 
+def batch_of(setup, step):
+    """The images and labels of an update, as its program draws them."""
+    _, images, labels = setup.state.extra
+    return jax.jit(setup.draw)(images, labels, setup.batches.batch_at(step), step)
+
+
 def test_rivals_share_start_batches_and_augmentation(smoke, data):
     recipe = smoke.omniglot.copy_and_resolve_references()
     recipe.num_seeds = 2
     setups = {family: set_up(family, data, recipe) for family in ("mrl", "ff")}
     first = {family: setup.state.params["encoder"]["kernel_0"] for family, setup in setups.items()}
     with launch._quick_compilation(True):
-        batch_at = {family: jax.jit(setup.batches.batch_at) for family, setup in setups.items()}
-        batches = {family: draw(3) for family, draw in batch_at.items()}
+        batches = {family: batch_of(setup, 3) for family, setup in setups.items()}
+        later = batch_of(setups["mrl"], 4)
     for index, row in enumerate(setups["ff"].rows):
         same = next(i for i, other in enumerate(setups["mrl"].rows) if other.seed == row.seed)
         np.testing.assert_array_equal(first["ff"][index], first["mrl"][same])
         for what in ("image", "label"):
             np.testing.assert_array_equal(batches["ff"][what][index], batches["mrl"][what][same])
     assert not np.array_equal(batches["ff"]["label"][0], batches["ff"]["label"][1])  # another seed
-    assert not np.array_equal(batches["mrl"]["image"], batch_at["mrl"](4)["image"])
+    assert not np.array_equal(batches["mrl"]["image"], later["image"])
     # A head of m inputs starts within 1 / sqrt(m).
     kernels = np.abs(setups["ff"].state.params["head"]["head_0"]["kernel"]).max(axis=(1, 2))
     sizes = np.array([row.size for row in setups["ff"].rows])
     assert (kernels <= sizes**-0.5).all()
     assert (kernels > 0.9 * sizes**-0.5).all()
-    weights = setups["mrl"].state.extra["importance"]
+    weights = setups["mrl"].state.extra.models["importance"]
     np.testing.assert_array_equal(weights[2:], [[2.0, 1.5, 1.0]] * 2)
     np.testing.assert_array_equal(weights[:2], 1)
 
@@ -202,12 +208,12 @@ def test_a_population_of_fixed_features_is_that_of_single_models(smoke, data):
     recipe = smoke.omniglot
     setup = set_up("ff", data, recipe)
     with launch._quick_compilation(True):
-        batch = jax.jit(setup.batches.batch_at)(0)
-        state, metrics = jax.jit(setup.train_step)(setup.state, batch, setup.keys)
+        batch = batch_of(setup, 0)
+        state, metrics = jax.jit(setup.train_step)(setup.state, setup.batches.batch_at(0), setup.keys)
     index = [row.size for row in setup.rows].index(4)
     params = jax.tree.map(lambda leaf: leaf[index], setup.state.params)
     encoder, _ = training.networks("ff", recipe)
-    statistics = jax.tree.map(lambda leaf: leaf[index], setup.state.extra["batch_stats"])
+    statistics = jax.tree.map(lambda leaf: leaf[index], setup.state.extra.models["batch_stats"])
     z, _ = encoder.apply(
         {"params": params["encoder"], "batch_stats": statistics}, batch["image"][index], True, mutable="batch_stats"
     )
@@ -216,8 +222,9 @@ def test_a_population_of_fixed_features_is_that_of_single_models(smoke, data):
     logits = head.apply({"params": {"head": layer}}, z)
     expected = jnp.mean(mrl.cross_entropy(logits, batch["label"][index], 0.1))
     np.testing.assert_allclose(metrics["loss"][index], expected, rtol=1e-5)
-    moved = state.extra["batch_stats"]["norm_0"]["mean"][index]
+    moved = state.extra.models["batch_stats"]["norm_0"]["mean"][index]
     assert np.abs(moved).max() > 0  # running statistics follow
+    np.testing.assert_array_equal(state.extra.images, data.train_images)  # of the next update
 
 
 def test_images_are_turned_about_their_middle(monkeypatch):
@@ -283,15 +290,14 @@ def test_fine_tuning_starts_from_the_trained_encoder_and_moves_its_last_layers(s
     setup = set_up("finetuned_1", data, recipe, pretrained=before)
     with launch._quick_compilation(True):
         start = jax.device_get(training.member(setup.state.params, 0))
-        batch = {"image": rng.uniform(size=(1, 16, 144)).astype(np.float32), "label": rng.integers(0, 6, (1, 16))}
-        state, _ = jax.jit(setup.train_step)(setup.state, batch, setup.keys)
+        state, _ = jax.jit(setup.train_step)(setup.state, setup.batches.batch_at(0), setup.keys)
     jax.tree.map(np.testing.assert_array_equal, start["encoder"], params["encoder"])
     assert set(start["head"]) == {"head_0", "head_1", "head_2"}  # new ones
     moved = jax.tree.map(lambda a, b: bool(np.any(a != b[0])), start, jax.device_get(state.params))
     last = {"kernel_1": True, "bias_1": True}
     assert moved["encoder"] == {"kernel_0": False, "bias_0": False, "norm_0": {"scale": False, "bias": False}, **last}
     assert all(jax.tree.leaves(moved["head"]))
-    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b[0]), statistics, state.extra["batch_stats"])
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b[0]), statistics, state.extra.models["batch_stats"])
     alone = training.optimizer_of("finetuned_0", recipe)  # the heads alone
     updates, _ = alone.update(start, alone.init(start), start)
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(updates["encoder"]))
@@ -312,11 +318,11 @@ def test_a_contrastive_population_has_the_loss_of_its_sizes(smoke, data):
     recipe = training.recipe_of("contrastive", smoke.omniglot)
     setup = set_up("contrastive", data, recipe)
     with launch._quick_compilation(True):
-        batch = jax.jit(setup.batches.batch_at)(0)
-        _, metrics = jax.jit(setup.train_step)(setup.state, batch, setup.keys)
+        batch = batch_of(setup, 0)
+        _, metrics = jax.jit(setup.train_step)(setup.state, setup.batches.batch_at(0), setup.keys)
     assert np.abs(batch["image"] - batch["other"]).max() > 0.1  # two views
     for index, row in enumerate(setup.rows):
-        variables = training.member((setup.state.params["encoder"], setup.state.extra["batch_stats"]), index)
+        variables = training.member((setup.state.params["encoder"], setup.state.extra.models["batch_stats"]), index)
         encoder, _ = training.networks("contrastive", recipe)
         views = np.concatenate([batch["image"][index], batch["other"][index]])
         given = dict(zip(("params", "batch_stats"), variables, strict=True))
@@ -361,6 +367,111 @@ def test_an_index_of_rows_that_the_devices_do_not_divide():
     _, _, Vt = np.linalg.svd(database, full_matrices=False)
     turned = np.asarray(studies.project(index.database, studies.svd_projection(index.database, k=4)))[:21]
     np.testing.assert_allclose(np.abs(turned), np.abs(database @ Vt.T), atol=1e-4)  # eigenvectors in float32
+
+
+def fixed_features(database, queries, seed, kernel=None, bias=None):
+    head = {"head_0": {"kernel": kernel, "bias": bias}}
+    row = training.Row("ff", database.shape[1], seed)
+    return studies.Embedded(row, (database.shape[1],), [database], [queries], None, None, head)
+
+
+def test_compressed_features_by_numpy(smoke, data):
+    recipe = smoke.omniglot.copy_and_resolve_references()
+    recipe.probe_updates = 0
+    rng = np.random.default_rng(4)
+    centres = 1 + rng.normal(size=(6, 8))  # not centred: nor is the SVD
+    database, queries = (
+        np.float32(centres[labels] + 1.5 * rng.normal(size=(len(labels), 8)))
+        for labels in (data.train_labels, data.test_labels)
+    )
+    kernel, bias = np.float32(centres.T - centres.mean(axis=0)[:, None]), np.float32(2 * rng.normal(size=6))
+    scores, expected = studies.defaultdict(list), studies.defaultdict(list)
+    index = studies.make_index(database, queries, None)
+    studies.score_compressed(fixed_features(database, queries, 3, kernel, bias), index, data, recipe, 7, scores)
+    z, x = np.float64(queries), np.float64(database)
+    U, S, Vt = np.linalg.svd(np.float64(kernel).T)
+    groups = np.arange(6) % 2  # of `_generated`
+    for m in (2, 4, 8):
+        k = min(m, 6)  # six classes: the rank of the head
+        predicted = np.argmax(z @ (U[:, :k] * S[:k] @ Vt[:k]).T + bias, axis=1)
+        expected[f"svd/top1/{m}"].append(100 * np.mean(predicted == data.test_labels))
+        expected[f"svd/super/{m}"].append(100 * np.mean(groups[predicted] == groups[data.test_labels]))
+    key = jax.random.fold_in(jax.random.key(7), 3)
+    _, _, right = np.linalg.svd(x)
+    for variant, turn in (("random_fs", np.eye(8)), ("svd", right.T), ("jl", jax.random.normal(key, (8, 8)))):
+        for m in (2, 4, 8):
+            q, rows = (part @ np.float64(turn)[:, :m] for part in (z, x))
+            lists = np.argsort(-q @ (rows / np.linalg.norm(rows, axis=1)[:, None]).T, axis=1)[:, :25]
+            studies.score_lists(f"{variant}/{{}}/{m}", lists, data, recipe, expected)
+    assert set(scores) == set(expected)
+    for name, values in expected.items():
+        np.testing.assert_allclose(scores[name], values, rtol=1e-6, err_msg=name)
+
+
+def test_a_probe_sees_the_random_features_of_its_seed(smoke, data):
+    features = np.eye(6, 8, 2, dtype=np.float32)  # a class is known by a feature of its own, 2 to 7
+    model = fixed_features(features[data.train_labels], features[data.test_labels], 0, np.ones((8, 6)), np.ones(6))
+    scores = studies.defaultdict(list)
+    studies.score_compressed(model, None, data, smoke.omniglot, 7, scores)
+    seen = np.asarray(mrl.random_features(jax.random.fold_in(jax.random.key(7), 0), 8, 8))
+    known = [int(np.sum(seen[:m] >= 2)) for m in (2, 4, 8)]
+    assert known == [1, 3, 6]  # the first features would know 0, 2 and 6
+    # Those that the probe cannot tell apart are all taken for one of them.
+    expected = [100 * (count + (count < 6)) / 6 for count in known]
+    np.testing.assert_allclose([scores[f"random_lp/top1/{m}"][0] for m in (2, 4, 8)], expected)
+
+
+@pytest.mark.parametrize("mirror", [False, True])
+def test_a_cascade_learns_from_some_images_and_is_measured_on_the_others(smoke, data, mirror):
+    rng, labels, sizes = np.random.default_rng(5), data.test_labels, (2, 4, 8)
+    logits, mirrored = np.float32(rng.normal(size=(2, 3, 30, 6)) + np.eye(6)[labels])
+    model = studies.Embedded(training.Row("mrl", 8, 1), sizes, [], [], logits, mirrored if mirror else None, None)
+    scores = studies.defaultdict(list)
+    studies.score_cascade("mrl", model, data, smoke.fashion, 6, scores)
+    probs = softmax(np.float64(logits) + (mirrored if mirror else 0), axis=-1)
+    said, sure = probs.argmax(axis=-1), probs.max(axis=-1)
+    right = said == labels
+    splits, grid, found = np.random.default_rng((6, 1)), np.linspace(0.1, 1, 100), studies.defaultdict(list)
+    for _ in range(2):
+        order = splits.permutation(30)
+        chosen, rest = order[:10], order[10:]
+        thresholds = []
+        for i in (0, 1):
+            counts = [np.where(sure[i, chosen] > t, right[i, chosen], right[i + 1, chosen]).sum() for t in grid]
+            thresholds.append(grid[np.argmax(counts)])
+        found["thresholds"].append(thresholds)
+        for last, m in enumerate(sizes):
+            exits = [next((i for i in range(last) if sure[i, image] > thresholds[i]), last) for image in rest]
+            found[f"accuracy/{m}"].append(100 * np.mean(right[exits, rest]))
+            found[f"expected/{m}"].append(np.mean([sizes[i] for i in exits]))
+            found[f"cumulative/{m}"].append(np.mean([sum(sizes[: i + 1]) for i in exits]))
+            found[f"head/{m}"].append(100 * np.mean(right[last, rest]))
+    for last, m in enumerate(sizes):
+        found[f"oracle/{m}"] = 100 * np.mean(right[: last + 1].any(axis=0))
+    found["oracle"] = found["oracle/8"]
+    found["majority"] = 100 * np.mean([np.bincount(row).argmax() for row in said.T] == labels)
+    assert set(scores) == {f"cascade_mrl/{what}" for what in found}
+    for what, values in found.items():
+        np.testing.assert_allclose(scores[f"cascade_mrl/{what}"], [values], rtol=1e-6, err_msg=what)
+
+
+def test_logits_of_a_slimmable_network_are_those_of_the_narrowest_that_is_wide_enough(smoke):
+    recipe = smoke.omniglot.copy_and_resolve_references()
+    recipe.update({"nesting": (2, 3, 8), "mirror": True})
+    rng = np.random.default_rng(6)
+    shapes = jax.eval_shape(training.initialiser("slim", recipe), jax.random.key(0))
+    params = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), shapes[0])
+    statistics = jax.tree.map(lambda leaf: rng.uniform(0.5, 1.5, leaf.shape).astype(np.float32), shapes[1])
+    pictures = rng.integers(0, 256, size=(5, 12, 12, 1)).astype(np.uint8)
+    with launch._quick_compilation(True):
+        found = training.make_embed("slim", recipe)(params, {"batch_stats": statistics}, pictures)
+    variables, head = {"params": params["encoder"], "batch_stats": statistics}, params["head"]
+    for what, shown in (("logits", pictures), ("mirrored", pictures[:, :, ::-1])):
+        x = np.float32(shown.reshape(5, -1) / 255)
+        for index, (m, fraction) in enumerate(((2, 0.25), (3, 0.5), (8, 1.0))):
+            z = jax.jit(mrl.SlimmableMLP((16,), 8, fraction).apply)(variables, x)[:, :m]
+            expected = np.float64(z) @ head["kernel"][:m] + head["bias"]
+            np.testing.assert_allclose(found[what][:, index], expected, rtol=1e-4, atol=1e-4)  # sums in float32
 
 
 def test_ways_of_retrieval_have_names_of_their_own(smoke):
@@ -419,7 +530,8 @@ def test_programs_trace_with_their_abstract_arguments(smoke):
     programs = experiment.programs(smoke, make_mesh(data=8))
     families = {f"omniglot/{family}" for family in ("mrl", "mrl_e", "ff", "slim", "finetuned_1", "contrastive")}
     expected = {f"{f}/{what}" for f in families for what in ("updates", "embed", "embed_database")}
-    expected |= {f"omniglot/{what}" for what in ("search", "project")} | {"fashion/mrl/updates", "fashion/mrl/embed"}
+    expected |= {f"omniglot/{what}" for what in ("search", "project", "svd_projection", "random_lp", "few_shot")}
+    expected |= {"omniglot/measures", "omniglot/answers", "fashion/answers", "fashion/mrl/updates", "fashion/mrl/embed"}
     expected |= {f"omniglot/{way}/{what}" for way in ("2_to_8", "funnel_2") for what in ("search", "order")}
     assert set(programs) == expected
     leaves = jax.tree.leaves([arguments for _, arguments in programs.values()])
@@ -438,6 +550,16 @@ def test_programs_trace_with_their_abstract_arguments(smoke):
     assert jax.eval_shape(search, *arguments).shape == (30, 25)
     order, arguments = programs["omniglot/funnel_2/order"]
     assert jax.eval_shape(order, *arguments).shape == (30, 10)
+    rest = ("measures", "svd_projection", "random_lp", "few_shot", "answers")
+    programs_of = [(what, programs[f"omniglot/{what}"]) for what in rest]
+    shapes = {what: jax.tree.leaves(jax.eval_shape(program, *of)) for what, (program, of) in programs_of}
+    assert {what: found[0].shape for what, found in shapes.items()} == {
+        "measures": (),
+        "svd_projection": (8, 8),
+        "random_lp": (3, 30, 6),
+        "few_shot": (2, 2, 30),
+        "answers": (3, 30),
+    }
 
 
 def test_the_programs_of_imagenet_split_their_batches():
@@ -449,7 +571,8 @@ def test_the_programs_of_imagenet_split_their_batches():
     kinds = {"update_160", "update_192", "embed", "embed_database"}
     expected = {f"imagenet/{f}/{kind}" for f in ("mrl", "ff", "slim") for kind in kinds}
     expected |= {f"imagenet/finetuned_0/{kind}" for kind in kinds - {"update_160"}}
-    assert set(programs) == expected | {"imagenet/search", "imagenet/project"}
+    once = ("search", "project", "svd_projection", "measures", "few_shot", "answers")
+    assert set(programs) == expected | {f"imagenet/{what}" for what in once}
     # ImageNet's 1,281,167 training images are odd: what is searched has rows of zeros at the end, and is split.
     _, (_, database) = programs["imagenet/search"]
     assert database.shape == (1_281_168, 512)

@@ -14,6 +14,7 @@ from scipy.special import log_softmax, logsumexp
 
 from jaxpapers.nn.resnet import ResNet
 from jaxpapers.representation import matryoshka as mrl
+from jaxpapers.representation.matryoshka import retrieval
 from jaxpapers.train import make_mesh
 
 # The search runs compiled: op by op it would compile dozens of small programs.
@@ -390,6 +391,33 @@ def test_search_holds_no_matrix_of_all_pairs():
     assert memory < 50e6  # all pairs: 600 MB; a block of them: 2 MB
 
 
+@pytest.mark.parametrize("bytes_held", [1, 3 * 20 * 6 * 4, 10**9])  # of one query, of three, of all
+def test_reranking_does_not_depend_on_its_blocks(search_data, bytes_held, monkeypatch):
+    queries, database = search_data
+    listed = search(queries, database, k=20, dim=3)
+    monkeypatch.setattr(retrieval, "RERANK_BYTES", bytes_held)
+    found = jax.jit(lambda *given: mrl.rerank(*given, 6))(listed, queries, database)
+    whole = brute_force(queries, database, 6, 41)
+    expected = [[item for item in row if item in some] for row, some in zip(whole, np.asarray(listed), strict=True)]
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_reranking_holds_few_rows_whatever_their_size():
+    shapes = ((1024, 200), jnp.int32), ((1024, 2048), jnp.float32), ((3000, 2048), jnp.float32)  # lists of the paper's
+    lowered = rerank.lower(*(jax.ShapeDtypeStruct(*shape) for shape in shapes), dim=2048)
+    assert lowered.compile().memory_analysis().temp_size_in_bytes < 4 * retrieval.RERANK_BYTES  # all rows: 1.7 GB
+
+
+@pytest.mark.parametrize("devices", [None, 8])
+def test_no_queries_have_no_neighbours(search_data, devices):
+    _, database = search_data
+    mesh = None if devices is None else make_mesh(data=devices)
+    nobody, lists = np.zeros((0, 6), np.float32), np.zeros((0, 9), np.int32)
+    assert search(nobody, database, k=9).shape == (0, 9)
+    assert rerank(lists, nobody, database, dim=6, mesh=mesh).shape == (0, 9)
+    assert funnel(lists, nobody, database, dims=(4, 6), lengths=(5, 2), mesh=mesh).shape == (0, 2)
+
+
 def test_reranking(search_data):
     queries, database = search_data
     listed = search(queries, database, k=20, dim=3)
@@ -509,6 +537,20 @@ def test_properties_of_a_cascade(calibrated):
     assert mrl.oracle_accuracy(probs, labels) >= max(accuracies)
     whole = cascade(probs, thresholds)  # all exits
     np.testing.assert_array_equal(whole.prediction, results[-1].prediction)
+
+
+def test_answers_say_as_much_as_the_probabilities(calibrated):
+    g, calibration, _, thresholds = calibrated
+    answers = mrl.head_answers(g["softmax"])
+    some = mrl.HeadAnswers(*(part[:, calibration] for part in answers))
+    np.testing.assert_array_equal(mrl.learn_thresholds(some, g["labels"][calibration]), thresholds)
+    for last in range(5):
+        reduced, whole = (cascade(given, thresholds, max_exit=last) for given in (answers, g["softmax"]))
+        jax.tree.map(np.testing.assert_array_equal, reduced, whole)
+    assert mrl.oracle_accuracy(answers, g["labels"]) == mrl.oracle_accuracy(g["softmax"], g["labels"])
+    votes = [np.bincount(row).argmax() for row in np.argmax(g["softmax"], axis=-1).T]
+    np.testing.assert_array_equal(mrl.majority_vote(answers), votes)
+    np.testing.assert_array_equal(mrl.majority_vote(g["softmax"]), votes)
 
 
 def test_a_head_is_believed_above_its_threshold_not_at_it():
@@ -675,6 +717,7 @@ BAD = {
     "cascade_labels": (lambda: mrl.learn_thresholds(PROBS, TWO + 1), "0..1, got 2"),
     "oracle_labels": (lambda: mrl.oracle_accuracy(PROBS, TWO - 1), "0..1, got -1"),
     "thresholds": (lambda: mrl.cascade(PROBS, np.ones(3)), "3 heads need 2 thresholds"),
+    "answers": (lambda: mrl.head_answers(2.5 * PROBS), "must lie in"),
     "exit": (lambda: mrl.cascade(PROBS, np.ones(2), 3), "max_exit must be between 0 and 2, got 3"),
     "exits": (lambda: mrl.expected_size(np.array([2]), (4, 8)), "0..1, got 2"),
     "rank": (lambda: mrl.svd_head(Z, Z[0], 7), "not 7"),

@@ -24,8 +24,10 @@ short-lists by a small prefix and re-ranks by a large one.
 
 from jaxpapers.representation.matryoshka.adaptive import (
     CascadeResult,
+    HeadAnswers,
     cascade,
     expected_size,
+    head_answers,
     learn_thresholds,
     majority_vote,
     mirrored_probabilities,
@@ -81,6 +83,7 @@ from jaxpapers.representation.matryoshka.retrieval import (
 __all__ = [
     "CascadeResult",
     "FixedFeatureHead",
+    "HeadAnswers",
     "NestedHead",
     "RetrievalMetrics",
     "SVDHead",
@@ -93,6 +96,7 @@ __all__ = [
     "expected_size",
     "funnel",
     "funnel_mflops",
+    "head_answers",
     "head_parameters",
     "init_slimmable",
     "interpolated",

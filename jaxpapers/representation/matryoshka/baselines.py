@@ -15,7 +15,8 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 from jaxpapers.nn.initializers import torch_default_bias_init, torch_default_kernel_init
 from jaxpapers.nn.resnet import batch_norm, part_of
 from jaxpapers.representation.matryoshka.heads import cross_entropy
-from jaxpapers.representation.matryoshka.prefixes import AnyArray, check_labels, check_size
+from jaxpapers.representation.matryoshka.prefixes import check_labels, check_size
+from jaxpapers.typing import AnyArray
 
 
 class SVDHead(NamedTuple):
@@ -179,14 +180,15 @@ def init_slimmable(
     """
     variables: dict[str, dict[str, Any]] = {}
     for width in widths:
-        _merge(variables, dict(model.clone(fraction=width).init(key, x)))
+        _add_missing(variables, dict(model.clone(fraction=width).init(key, x)))
     return variables
 
 
-def _merge(tree: dict[str, Any], other: dict[str, Any]) -> None:
+def _add_missing(tree: dict[str, Any], other: dict[str, Any]) -> None:
+    """Adds the leaves that a tree lacks; those that it has stay."""
     for name, value in other.items():
         if isinstance(value, dict):
-            _merge(tree.setdefault(name, {}), value)
+            _add_missing(tree.setdefault(name, {}), value)
         else:
             tree.setdefault(name, value)
 

@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jaxpapers.nn.initializers import torch_default_bias_init, torch_default_kernel_init, torch_dense
+from jaxpapers.nn.language import language_loss
 from jaxpapers.representation.matryoshka.prefixes import (
     AnyArray,
     check_labels,
@@ -301,10 +302,7 @@ def nested_mlm_loss(
     def loss_at(h: Array, embedding: Array, m: int) -> Array:
         exact = jnp.promote_types(jnp.result_type(h, embedding), jnp.float32)
         logits = jnp.matmul(h[..., :m], embedding[:, :m].T, preferred_element_type=exact)
-        losses = cross_entropy(logits if bias is None else logits + bias, targets)
-        if weights is None:
-            return jnp.mean(losses)
-        return jnp.sum(losses * weights) / jnp.maximum(jnp.sum(weights), jnp.finfo(losses.dtype).tiny)
+        return language_loss(logits if bias is None else logits + bias, targets, weights, z_loss=0)[0]
 
     losses = jnp.stack([loss_at(jnp.asarray(h), jnp.asarray(embedding), m) for m in sizes])
     return jnp.dot(c.astype(losses.dtype), losses)

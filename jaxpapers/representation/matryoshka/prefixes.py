@@ -9,7 +9,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-AnyArray = Array | np.ndarray
+from jaxpapers.typing import AnyArray
+
 EPSILON = 1e-12  # smallest norm that is divided by
 
 

@@ -25,7 +25,10 @@ from jaxpapers.representation.matryoshka.prefixes import (
 )
 
 BLOCK = 65_536  # rows of the database whose similarities are held at once, for
-QUERY_BLOCK = 1_024  # so many queries
+QUERY_BLOCK = 1_024  # so many queries: 256 MiB in float32
+# Listed rows, K x dim numbers a query, that re-ranking holds at once: large enough to keep a device busy, small beside
+# its memory whatever K and dim are (200 rows of 2,048 numbers: 80 queries; 1,024 of them would fill 1.7 GB).
+RERANK_BYTES = 128 * 2**20
 
 
 def exact_search(
@@ -109,7 +112,7 @@ def sharded_search(
             scores, index = (
                 lax.all_gather(found, axis, axis=1, tiled=True) for found in (scores, index.astype(jnp.int32) + first)
             )
-            return _merge(scores, index, k)[1]  # shards come in their order: ties keep the lower index
+            return _best_of_lists(scores, index, k)[1]  # shards come in their order: ties keep the lower index
 
         return _by_blocks(search, queries, query_block)
 
@@ -141,11 +144,15 @@ def _by_blocks(search: Callable[[Array], Array], queries: Array, size: int) -> A
     count = queries.shape[0]
     if count <= size:
         return search(queries)
-    blocks = -(-count // size)
-    size = -(-count // blocks)  # as even as they can be
-    padded = jnp.pad(queries, ((0, blocks * size - count), (0, 0)))
-    found = lax.map(search, padded.reshape(blocks, size, -1))
-    return found.reshape(blocks * size, -1)[:count]
+    size = _even_block(count, size)
+    padded = jnp.pad(queries, ((0, -count % size), (0, 0)))
+    found = lax.map(search, padded.reshape(-1, size, queries.shape[1]))
+    return found.reshape(len(padded), -1)[:count]
+
+
+def _even_block(count: int, most: int) -> int:
+    """Size of blocks of at most so many, as even as they can be."""
+    return -(-count // -(-count // most))
 
 
 def _best(
@@ -175,13 +182,13 @@ def _best(
 
     def advance(best: tuple[Array, Array], step: Array) -> tuple[tuple[Array, Array], None]:
         scores, index = (jnp.concatenate(pair, axis=1) for pair in zip(best, best_in(step), strict=True))
-        return _merge(scores, index, k), None
+        return _best_of_lists(scores, index, k), None
 
     nothing = jnp.full((len(queries), k), -jnp.inf, exact), jnp.zeros((len(queries), k), jnp.int32)
     return lax.scan(advance, nothing, jnp.arange(blocks, dtype=jnp.int32))[0]
 
 
-def _merge(scores: Array, index: Array, k: int) -> tuple[Array, Array]:
+def _best_of_lists(scores: Array, index: Array, k: int) -> tuple[Array, Array]:
     """The best k of lists; of equal ones the first (`lax.top_k` keeps their order)."""
     scores, place = lax.top_k(scores, k)
     return scores, jnp.take_along_axis(index, place, axis=1)
@@ -195,7 +202,7 @@ def rerank(
     *,
     mesh: Mesh | None = None,
     axis: str = "data",
-    query_block: int = QUERY_BLOCK,
+    query_block: int | None = None,
 ) -> Int[Array, "queries k"]:
     """The lists in the order of the similarity at another size (adaptive retrieval, Sec. 4.3.1); same members.
 
@@ -204,20 +211,22 @@ def rerank(
         queries: embeddings.
         database: embeddings.
         dim: size of the prefixes that are compared.
-        mesh: devices over which the rows of the database are split; each compares those listed rows that it has, and
-            the similarities, not the rows, are exchanged. None: the database is whole.
+        mesh: devices over which the rows of the database are split; the similarities, not the rows, are exchanged.
+            That saves memory, not time: every device computes all K products of a query, with a row of its own in the
+            place of those that it lacks, and what they give is left out. None: the database is whole.
         axis: of the mesh.
-        query_block: queries whose listed rows are held at once.
+        query_block: queries whose listed rows are held at once; None: as many as fill `RERANK_BYTES`.
 
     Raises:
         ValueError: a size outside of 1..d; neighbours that are no rows of the database; a mesh without the axis.
     """
     check_size(dim, database.shape[1])
-    if query_block < 1:
+    if query_block is not None and query_block < 1:
         raise ValueError(f"query_block must be at least 1, got {query_block}")
     _check_neighbors(neighbors, database.shape[0])
     exact = jnp.promote_types(jnp.result_type(queries, database), jnp.float32)
-    size = -(-queries.shape[0] // -(-queries.shape[0] // query_block))  # as even as they can be
+    if query_block is None:
+        query_block = max(1, RERANK_BYTES // max(1, neighbors.shape[1] * dim * exact.itemsize))
 
     def distance_to(part: Array, query: Array, listed: Array) -> Array:
         # Slices of the wanted width: whole rows, cut afterwards, would read the full embeddings.
@@ -226,11 +235,14 @@ def rerank(
         return -products * inverse_norm(rows).astype(exact)
 
     def in_order(queries: Array, neighbors: Array, distance: Callable[[Array, Array], Array]) -> Array:
+        if not len(queries):
+            return neighbors
+
         def reorder(one: tuple[Array, Array]) -> Array:
             query, listed = one
             return lax.sort((distance(query, listed), listed), num_keys=2)[1]
 
-        return lax.map(reorder, (queries, neighbors), batch_size=size)
+        return lax.map(reorder, (queries, neighbors), batch_size=_even_block(len(queries), query_block))
 
     queries, neighbors = truncate(queries, dim), jnp.asarray(neighbors)
     if mesh is None:
@@ -261,7 +273,7 @@ def funnel(
     *,
     mesh: Mesh | None = None,
     axis: str = "data",
-    query_block: int = QUERY_BLOCK,
+    query_block: int | None = None,
 ) -> Int[Array, "queries last"]:
     """Funnel retrieval (Sec. 4.3.1): for every stage (D_i, K_i), keep the first K_i and order these at size D_i.
 
