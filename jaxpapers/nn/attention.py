@@ -53,7 +53,7 @@ def full_attention(
     v: Float[AnyArray, "batch keys heads value_dim"],
     *,
     key: PRNGKeyArray | None = None,
-    mask: Bool[AnyArray, "queries keys"] | None = None,
+    mask: Bool[AnyArray, "*batch_heads queries keys"] | None = None,
     dropout_rate: float = 0.0,
 ) -> Float[Array, "batch queries heads value_dim"]:
     """softmax(q k^T / sqrt(head_dim)) v (Vaswani et al., arXiv 1706.03762, Eq. 1).
@@ -63,7 +63,8 @@ def full_attention(
         k: keys.
         v: values.
         key: of the dropout; None: nothing is dropped.
-        mask: False where a query must not see a key; a query needs one key at least.
+        mask: False where a query must not see a key, the same for all or (batch, heads, queries, keys); a query needs
+            one key at least.
         dropout_rate: share of the weights that are set to zero, the others grow accordingly.
     """
     batch, _, heads, head_dim = q.shape
@@ -73,7 +74,7 @@ def full_attention(
     q, k, v = (jnp.moveaxis(jnp.asarray(x), 2, 1).reshape(batch * heads, -1, x.shape[-1]) for x in (q, k, v))
     logits = jnp.einsum("nqd,nkd->nqk", q, k, preferred_element_type=exact) * head_dim**-0.5
     if mask is not None:
-        logits = jnp.where(mask, logits, -jnp.inf)
+        logits = jnp.where(jnp.asarray(mask).reshape(-1, *mask.shape[-2:]), logits, -jnp.inf)
     # Whatever is subtracted cancels: no derivative goes through it.
     weights = jnp.exp(logits - lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True)))
     total = jnp.sum(weights, axis=-1, keepdims=True)
@@ -222,6 +223,7 @@ def probsparse_attention(
     key: PRNGKeyArray | None = None,
     factor: int = 1,
     sampled: Int[AnyArray, "asking samples"] | None = None,
+    causal: bool = False,
     reference_layout: bool = False,
 ) -> Float[Array, "batch queries heads value_dim"]:
     """Full attention for the queries that have most to tell, the mean of the values for the others (ProbSparse).
@@ -236,16 +238,21 @@ def probsparse_attention(
         key: of the drawn keys.
         factor: factor * ceil(ln(tokens)) keys are drawn for a query, and queries picked, but no more than there are.
         sampled: indices of the keys that each query meets, instead of drawn ones.
+        causal: of a decoder to its own tokens: queries see their past, and those that are not picked get the sum of the
+            values so far. The keys that a query meets are drawn from all, in the authors' code as well, so that what is
+            picked, though nothing else, depends on tokens to come.
         reference_layout: as the authors' code for iTransformer, read the result's memory (batch, heads, queries,
             head_dim) as (batch, queries, heads, head_dim), which mixes heads and positions.
 
     Raises:
-        ValueError: factor below 1; `sampled` for another number of queries.
+        ValueError: factor below 1; `sampled` for another number of queries; causal attention to others' tokens.
     """
     if factor < 1:
         raise ValueError(f"factor must be at least 1, got {factor}")
     q, k, v = (jnp.asarray(each) for each in (q, k, v))
     (batch, queries, heads, _), keys = q.shape, k.shape[1]
+    if causal and queries != keys:
+        raise ValueError(f"causal attention is that of tokens to themselves, got {queries} queries and {keys} keys")
     if sampled is None:
         key = jax.random.key(0) if key is None else key
         sampled = jax.random.randint(key, (queries, _some(factor, keys)), 0, keys)
@@ -263,9 +270,13 @@ def probsparse_attention(
     start = jnp.full((batch, heads, queries), -jnp.inf, exact), jnp.zeros((batch, heads, queries), exact)
     (top, total), _ = lax.scan(meet, start, jnp.asarray(sampled).T)
     _, picked = lax.top_k(top - total / keys, _some(factor, queries))
+    past = jnp.arange(keys) <= picked[..., None] if causal else None
     picked = jnp.moveaxis(picked, 1, 2)
-    attended = full_attention(jnp.take_along_axis(q, picked[..., None], axis=1), k, v)
-    out = jnp.broadcast_to(jnp.mean(v, axis=1, keepdims=True), (batch, queries, *v.shape[2:]))
+    attended = full_attention(jnp.take_along_axis(q, picked[..., None], axis=1), k, v, mask=past)
+    if causal:
+        out = jnp.cumsum(v, axis=1)
+    else:
+        out = jnp.broadcast_to(jnp.mean(v, axis=1, keepdims=True), (batch, queries, *v.shape[2:]))
     place = jnp.arange(batch)[:, None, None], picked, jnp.arange(heads)
     out = out.at[place].set(attended.astype(out.dtype), unique_indices=True)
     return jnp.moveaxis(out, 1, 2).reshape(out.shape) if reference_layout else out

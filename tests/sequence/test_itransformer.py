@@ -426,27 +426,6 @@ def test_sown_maps_of_masked_attention_see_no_future(window):
     assert (cross > 0).all()
 
 
-@pytest.mark.parametrize("factor", [1, 9], ids=["some", "all"])
-def test_causal_probsparse_attention_is_its_formula(factor):
-    rng = np.random.default_rng(8)
-    q, k, v = rng.normal(size=(3, 2, 11, 3, 4)).astype(np.float32)
-    count = min(3 * factor, 11)  # ln(11) is 2.4
-    sampled = rng.integers(0, 11, (11, count))
-    attend = jax.jit(partial(baselines.causal_probsparse_attention, factor=factor))
-    found = attend(q, k, v, sampled=sampled)
-    for b, h in np.ndindex(2, 3):
-        logits = np.float64(q[b, :, h]) @ np.float64(k[b, :, h]).T
-        met = np.take_along_axis(logits, sampled, axis=1)
-        picked = np.argsort(met.max(axis=1) - met.sum(axis=1) / 11)[-count:]
-        for t in range(11):
-            past = np.float64(v[b, : t + 1, h])
-            weights = softmax(logits[t, : t + 1] / 2) if t in picked else np.ones(t + 1)
-            np.testing.assert_allclose(found[b, t, h], weights @ past, atol=ATOL)
-    if factor == 9:
-        causal = full_attention(q, k, v, mask=np.tri(11, dtype=bool))
-        np.testing.assert_allclose(attend(q, k, v), causal, atol=ATOL)  # whatever keys are drawn
-
-
 def test_informers_decoder_is_probsparse(window):
     # With so large a factor all queries are picked, and it is the decoder of full attention; with a small one not.
     calendar = np.zeros((BATCH, TIME, MARKS), np.float32)

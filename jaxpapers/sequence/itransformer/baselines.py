@@ -1,6 +1,5 @@
 """What iTransformer is compared with: the Transformer of time tokens, DLinear, RLinear, PatchTST (Tables 1 and 2)."""
 
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -9,9 +8,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxpapers.nn.attention import AttentionFunction, full_attention, probsparse_attention
 from jaxpapers.nn.dropout import Dropout
@@ -19,12 +17,12 @@ from jaxpapers.nn.encoder import LAYER_NORM_EPSILON, EncoderMLP, MultiHeadAttent
 from jaxpapers.nn.initializers import torch_default_bias_init, torch_default_kernel_init, torch_dense
 from jaxpapers.nn.norms import torch_batch_norm
 from jaxpapers.sequence.itransformer.model import (
-    AnyArray,
     Block,
     check_window,
     instance_denorm,
     instance_norm,
 )
+from jaxpapers.typing import AnyArray
 
 
 def fold_variates(x: Float[AnyArray, "batch time variates"]) -> Float[Array, "series time"]:
@@ -228,8 +226,8 @@ class DecoderBlock(nn.Module):
         full = partial(full_attention, dropout_rate=self.dropout_rate)
         functions: tuple[AttentionFunction, ...] = (partial(full, mask=np.tri(x.shape[1], dtype=bool)), full)
         if self.probsparse_factor is not None:
-            sparse = causal_probsparse_attention, probsparse_attention
-            functions = tuple(partial(function, factor=self.probsparse_factor) for function in sparse)
+            sparse = partial(probsparse_attention, factor=self.probsparse_factor)
+            functions = partial(sparse, causal=True), sparse
         own, cross = (
             MultiHeadAttention(self.num_heads, function, dtype=self.dtype, name=f"{name}_attention")
             for name, function in zip(("self", "cross"), functions, strict=True)
@@ -244,48 +242,6 @@ class DecoderBlock(nn.Module):
             x = x + Dropout(self.dropout_rate, deterministic)(branch(x))
             x = nn.LayerNorm(LAYER_NORM_EPSILON, dtype=self.dtype, name=name)(x)
         return x
-
-
-def causal_probsparse_attention(
-    q: Float[AnyArray, "batch tokens heads head_dim"],
-    k: Float[AnyArray, "batch tokens heads head_dim"],
-    v: Float[AnyArray, "batch tokens heads value_dim"],
-    *,
-    key: PRNGKeyArray | None = None,
-    factor: int = 1,
-    sampled: Int[AnyArray, "tokens samples"] | None = None,
-) -> Float[Array, "batch tokens heads value_dim"]:
-    """ProbSparse attention of a decoder to its own past: queries that are not picked get the sum of the values so far.
-
-    Queries are picked as by `nn.attention.probsparse_attention`, of which this is the masked kind (Informer, arXiv
-    2012.07436, Sec. 3.1): the keys that a query meets for it are drawn from all, in the authors' code as well, so that
-    what is picked, though nothing else, depends on tokens to come.
-
-    Args:
-        q: queries.
-        k: keys.
-        v: values.
-        key: of the drawn keys.
-        factor: factor * ceil(ln(tokens)) keys are drawn for a query, and queries picked, but no more than there are.
-        sampled: indices of the keys that each query meets, instead of drawn ones.
-    """
-    q, k, v = (jnp.moveaxis(jnp.asarray(each), 2, 1) for each in (q, k, v))
-    batch, heads, tokens, head_dim = q.shape
-    count = min(factor * max(math.ceil(math.log(tokens)), 1), tokens)
-    if sampled is None:
-        key = jax.random.key(0) if key is None else key
-        sampled = jax.random.randint(key, (tokens, count), 0, tokens)
-    exact = jnp.promote_types(q.dtype, jnp.float32)
-    # Which queries are picked has no derivative.
-    still_q, still_k = (lax.stop_gradient(each).astype(exact) for each in (q, k))
-    met = lax.map(lambda index: jnp.sum(still_q * still_k[:, :, index], axis=-1), jnp.asarray(sampled).T)
-    _, picked = lax.top_k(jnp.max(met, axis=0) - jnp.sum(met, axis=0) / tokens, count)
-    asking = jnp.take_along_axis(q, picked[..., None], axis=2)
-    logits = jnp.einsum("bhqd,bhkd->bhqk", asking, k, preferred_element_type=exact) * head_dim**-0.5
-    weights = jax.nn.softmax(jnp.where(jnp.arange(tokens) <= picked[..., None], logits, -jnp.inf), axis=-1)
-    attended = jnp.einsum("bhqk,bhkd->bhqd", weights.astype(v.dtype), v)
-    place = jnp.arange(batch)[:, None, None], jnp.arange(heads)[:, None], picked
-    return jnp.moveaxis(jnp.cumsum(v, axis=2).at[place].set(attended, unique_indices=True), 1, 2)
 
 
 class VanillaTransformer(nn.Module):
