@@ -576,6 +576,6 @@ def test_intervals_that_fit_takes_are_not_refused(smoke):
 
 def test_a_model_without_its_depth_is_named(smoke):
     config = smoke.copy_and_resolve_references()
-    del config.layers.fortitran
-    with pytest.raises(UsageError, match=r"config\.stages\.fixed=.*'fortitran'.* must be some of"):
+    del config.layers.adafortitran
+    with pytest.raises(UsageError, match=r"config\.stages\.fixed=.*'adafortitran'.* must be some of"):
         experiment.check_config(config)
