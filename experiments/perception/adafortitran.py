@@ -8,7 +8,7 @@ Doppler shift, so that training and test share 240 channels and differ in noise 
 there is memory. Beside every result on such data stand the bound and the same table on "fresh" channels, on which no
 estimator can be below it.
 
-`small` takes 14 minutes on 2 CPU cores. There, a batch has 5 slots, which leaves time for 4,000 updates, and the
+`small` takes 16 minutes on 2 CPU cores. There, a batch has 5 slots, which leaves time for 4,000 updates, and the
 conditions are standardised before AdaFortiTran and CE-ViT see them. The authors give them raw, up to 1000, as `paper`
 does: then the adapter is of use after 2,000 updates of 16 slots, and after 4,000 of 6 hardly so. The models of fresh
 channels are trained far shorter (`training.updates`): they are reported beside the claims, which are of
