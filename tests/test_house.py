@@ -4,6 +4,7 @@ import collections.abc
 import importlib
 import inspect
 import pkgutil
+import re
 import subprocess
 import sys
 import tomllib
@@ -26,6 +27,7 @@ MODULES = sorted(
     for module in pkgutil.walk_packages([str(REPOSITORY / package)], f"{package}.")
     if not module.name.endswith("__main__")
 )
+ROOMS_WITH_A_MAP = ("jaxpapers.data", "jaxpapers.nn", "jaxpapers.ops")
 ROOMS_WITHOUT_SHAPES = (
     "jaxpapers.train",
     "jaxpapers.data.download",
@@ -83,6 +85,13 @@ def says_no_shape(annotation):
     return annotation in (jax.Array, np.ndarray, jaxtyping.Array, Any) or any(
         says_no_shape(part) for part in typing.get_args(annotation)
     )
+
+
+@pytest.mark.parametrize("room", ROOMS_WITH_A_MAP)
+def test_a_rooms_map_names_its_modules_and_no_others(room):
+    entries = re.findall(r"^- (`\w+`(?:, `\w+`)*):", importlib.import_module(room).__doc__, re.MULTILINE)
+    named = [f"{room}.{name}" for entry in entries for name in re.findall(r"\w+", entry)]
+    assert sorted(named) == [name for name in MODULES if re.fullmatch(rf"{room}\.[a-z]\w*", name)]
 
 
 def test_imports_point_one_way():

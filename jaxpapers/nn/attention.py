@@ -1,9 +1,10 @@
 """Attention as plain functions of queries, keys and values (batch, tokens, heads, head_dim).
 
-All share one signature, `attention(q, k, v, *, key=None, ...)`, so that a layer can be built with any of them. The key
-drives what is random (dropout, drawn keys, rotations); without it nothing is dropped, and what has to be drawn is drawn
-from a fixed key. The exception is LSH attention, whose queries are its keys as well: `lsh_attention(qk, v, ...)` has a
-layer of its own, `LSHSelfAttention`.
+All share one signature, `attention(q, k, v, *, key=None, ...)`, so that a layer can be built with any of them, further
+arguments bound by `functools.partial`. The key drives what is random (dropout, drawn keys, rotations); without it
+nothing is dropped, and what has to be drawn is drawn from a fixed key. With `causal=True` full, flash and ProbSparse
+attention are those of a decoder to its own tokens. The exception is LSH attention, whose queries are its keys as well:
+`lsh_attention(qk, v, ...)` has a layer of its own, `LSHSelfAttention`.
 """
 
 import math
@@ -14,6 +15,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
@@ -31,18 +33,23 @@ SELF_LOGIT = -5e4  # of a token to itself in LSH attention: only a token that se
 def attention_weights(
     q: Float[AnyArray, "batch queries heads head_dim"],
     k: Float[AnyArray, "batch keys heads head_dim"],
-    mask: Bool[AnyArray, "queries keys"] | None = None,
+    mask: Bool[AnyArray, "*batch_heads queries keys"] | None = None,
+    causal: bool = False,
 ) -> Float[Array, "batch heads queries keys"]:
     """softmax(q k^T / sqrt(head_dim)) over the keys, in float32 at least.
 
     Args:
         q: queries.
         k: keys.
-        mask: False where a query must not see a key.
+        mask: False where a query must not see a key, the same for all or (batch, heads, queries, keys).
+        causal: queries see their past and themselves alone.
+
+    Raises:
+        ValueError: causal attention to others' tokens.
     """
     exact = jnp.promote_types(q.dtype, jnp.float32)
     logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=exact) * q.shape[-1] ** -0.5
-    if mask is not None:
+    if (mask := _with_past(mask, causal, q, k)) is not None:
         logits = jnp.where(mask, logits, -jnp.inf)
     return jax.nn.softmax(logits, axis=-1)
 
@@ -54,6 +61,7 @@ def full_attention(
     *,
     key: PRNGKeyArray | None = None,
     mask: Bool[AnyArray, "*batch_heads queries keys"] | None = None,
+    causal: bool = False,
     dropout_rate: float = 0.0,
 ) -> Float[Array, "batch queries heads value_dim"]:
     """softmax(q k^T / sqrt(head_dim)) v (Vaswani et al., arXiv 1706.03762, Eq. 1).
@@ -65,8 +73,13 @@ def full_attention(
         key: of the dropout; None: nothing is dropped.
         mask: False where a query must not see a key, the same for all or (batch, heads, queries, keys); a query needs
             one key at least.
+        causal: queries see their past and themselves alone.
         dropout_rate: share of the weights that are set to zero, the others grow accordingly.
+
+    Raises:
+        ValueError: causal attention to others' tokens.
     """
+    mask = _with_past(mask, causal, q, k)
     batch, _, heads, head_dim = q.shape
     exact = jnp.promote_types(q.dtype, jnp.float32)
     # Heads beside the batch make plain products of both contractions, and the softmax's sum divides the result, not the
@@ -85,12 +98,72 @@ def full_attention(
     return jnp.moveaxis(out.reshape(batch, heads, *out.shape[1:]), 1, 2).astype(v.dtype)
 
 
+def _with_past(mask: AnyArray | None, causal: bool, q: AnyArray, k: AnyArray) -> AnyArray | None:
+    """The mask, without the tokens to come where attention is causal."""
+    if not causal:
+        return mask
+    _check_causal(q.shape[1], k.shape[1])
+    past = np.tri(q.shape[1], dtype=bool)
+    return past if mask is None else past & mask
+
+
+def _check_causal(queries: int, keys: int) -> None:
+    if queries != keys:
+        raise ValueError(f"causal attention is that of tokens to themselves, got {queries} queries and {keys} keys")
+
+
+def causal_attention(
+    q: Float[AnyArray, "batch time heads head_dim"],
+    k: Float[AnyArray, "batch time heads head_dim"],
+    v: Float[AnyArray, "batch time heads head_dim"],
+    *,
+    key: PRNGKeyArray | None = None,
+    chunk: int | None = None,
+) -> Float[Array, "batch time heads head_dim"]:
+    """Full attention to the past and the present, some queries at a time, in float32 at least.
+
+    Beside `full_attention(..., causal=True)` it has neither mask nor dropout, leaves the product to JAX, which has
+    kernels for it on some devices, and bounds the memory where chunks are given. `flash_attention` goes by chunks of
+    keys instead, all queries at once.
+
+    Args:
+        q: queries.
+        k: keys.
+        v: values.
+        key: nothing is random here.
+        chunk: queries whose weights are held at once, and computed again in the backward pass: memory grows with
+            chunk * time, not with time^2. It need not divide the time. None: all queries at once.
+
+    Raises:
+        ValueError: a chunk below 1.
+    """
+    q, k, v = (jnp.asarray(each) for each in (q, k, v))
+    if chunk is None:
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True)
+    if chunk < 1:
+        raise ValueError(f"attention's chunk must be at least 1, got {chunk}")
+    batch, time, *shape = q.shape
+    chunk = min(chunk, time)
+    filled = jnp.pad(q, ((0, 0), (0, -time % chunk), (0, 0), (0, 0)))
+    chunks = jnp.moveaxis(filled.reshape(batch, -1, chunk, *shape), 1, 0)
+
+    def attend(part: tuple[Array, Array]) -> Array:
+        start, q = part
+        past = jnp.arange(time) <= start + jnp.arange(chunk)[:, None]
+        return jax.nn.dot_product_attention(q, k, v, mask=past[None, None])
+
+    # The loop keeps XLA from merging the second computation with the first.
+    out = lax.map(jax.checkpoint(attend, prevent_cse=False), (chunk * jnp.arange(len(chunks)), chunks))
+    return jnp.moveaxis(out, 0, 1).reshape(filled.shape)[:, :time]
+
+
 def flash_attention(
     q: Float[AnyArray, "batch queries heads head_dim"],
     k: Float[AnyArray, "batch keys heads head_dim"],
     v: Float[AnyArray, "batch keys heads value_dim"],
     *,
     key: PRNGKeyArray | None = None,
+    causal: bool = False,
     block_size: int = 32,
 ) -> Float[Array, "batch queries heads value_dim"]:
     """The function of `full_attention`, one block of keys after another (Dao et al., arXiv 2205.14135, Alg. 1).
@@ -103,26 +176,30 @@ def flash_attention(
         k: keys.
         v: values.
         key: nothing is random here.
+        causal: queries see their past and themselves alone; what lies ahead of them is computed all the same.
         block_size: keys of a block; it need not divide their number.
 
     Raises:
-        ValueError: block_size below 1.
+        ValueError: block_size below 1; causal attention to others' tokens.
     """
     if block_size < 1:
         raise ValueError(f"block_size must be at least 1, got {block_size}")
-    return _flash(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), min(block_size, k.shape[1]))
+    if causal:
+        _check_causal(q.shape[1], k.shape[1])
+    return _flash(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), causal, min(block_size, k.shape[1]))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _flash(q: Array, k: Array, v: Array, block_size: int) -> Array:
-    return _flash_forward(q, k, v, block_size)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _flash(q: Array, k: Array, v: Array, causal: bool, block_size: int) -> Array:
+    return _flash_forward(q, k, v, causal, block_size)[0]
 
 
-def _flash_forward(q: Array, k: Array, v: Array, block_size: int) -> tuple[Array, tuple[Array, ...]]:
+def _flash_forward(q: Array, k: Array, v: Array, causal: bool, block_size: int) -> tuple[Array, tuple[Array, ...]]:
     def step(carry: tuple[Array, Array, Array], block: tuple[Array, Array, Array]) -> tuple[Any, None]:
         top, total, out = carry
-        k, v, real = block
-        logits = _block_logits(q, k, real)
+        k, v, places = block
+        logits = _block_logits(q, k, places, last)
+        # Every query sees the first key, so that the maximum is a number from the first block on.
         higher = jnp.maximum(top, jnp.max(logits, axis=-1))
         weights, shrink = jnp.exp(logits - higher[..., None]), jnp.exp(top - higher)
         added = jnp.einsum("bhqk,bkhd->bhqd", weights.astype(v.dtype), v, preferred_element_type=exact)
@@ -130,6 +207,7 @@ def _flash_forward(q: Array, k: Array, v: Array, block_size: int) -> tuple[Array
 
     exact = jnp.promote_types(q.dtype, jnp.float32)
     batch, queries, heads, _ = q.shape
+    last = _last_seen(queries, k.shape[1], causal)
     start = (
         jnp.full((batch, heads, queries), -jnp.inf, exact),
         jnp.zeros((batch, heads, queries), exact),
@@ -140,16 +218,19 @@ def _flash_forward(q: Array, k: Array, v: Array, block_size: int) -> tuple[Array
     return out, (q, k, v, out, top + jnp.log(total))
 
 
-def _flash_backward(block_size: int, residuals: tuple[Array, ...], cotangent: Array) -> tuple[Array, Array, Array]:
+def _flash_backward(
+    causal: bool, block_size: int, residuals: tuple[Array, ...], cotangent: Array
+) -> tuple[Array, Array, Array]:
     q, k, v, out, log_total = residuals
     exact = log_total.dtype
+    last = _last_seen(q.shape[1], k.shape[1], causal)
     product = partial(jnp.einsum, preferred_element_type=exact)
     # sum_k weight_k d(weight_k), which the softmax subtracts, without the weights
     mean = product("bqhd,bqhd->bhq", out, cotangent)
 
     def step(dq: Array, block: tuple[Array, Array, Array]) -> tuple[Array, tuple[Array, Array]]:
-        k, v, real = block
-        weights = jnp.exp(_block_logits(q, k, real) - log_total[..., None])
+        k, v, places = block
+        weights = jnp.exp(_block_logits(q, k, places, last) - log_total[..., None])
         dv = product("bhqk,bqhd->bkhd", weights.astype(v.dtype), cotangent)
         slopes = weights * (product("bqhd,bkhd->bhqk", cotangent, v) - mean[..., None]) * q.shape[-1] ** -0.5
         slopes = slopes.astype(q.dtype)
@@ -167,19 +248,42 @@ _flash.defvjp(_flash_forward, _flash_backward)
 
 
 def _blocks(k: Array, v: Array, block_size: int) -> tuple[Array, Array, Array]:
-    """Keys and values with a leading axis of blocks, the last filled up with zeros, and which of the keys are real."""
+    """Keys and values with a leading axis of blocks, the last filled up with zeros, and the places of the keys."""
     keys = k.shape[1]
     missing = -keys % block_size
-    real = (jnp.arange(keys + missing) < keys).reshape(-1, block_size)
+    places = jnp.arange(keys + missing).reshape(-1, block_size)
     filled = (jnp.pad(each, ((0, 0), (0, missing), (0, 0), (0, 0))) for each in (k, v))
     k, v = (jnp.moveaxis(each.reshape(each.shape[0], -1, block_size, *each.shape[2:]), 1, 0) for each in filled)
-    return k, v, real
+    return k, v, places
 
 
-def _block_logits(q: Array, k: Array, real: Array) -> Array:
+def _last_seen(queries: int, keys: int, causal: bool) -> Array:
+    """Place of the last key that each query sees, or that all of them see."""
+    return jnp.arange(queries)[:, None] if causal else jnp.asarray(keys - 1)
+
+
+def _block_logits(q: Array, k: Array, places: Array, last: Array) -> Array:
     exact = jnp.promote_types(q.dtype, jnp.float32)
     logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=exact) * q.shape[-1] ** -0.5
-    return jnp.where(real, logits, -jnp.inf)
+    return jnp.where(places <= last, logits, -jnp.inf)
+
+
+def weights_of(attention: AttentionFunction) -> Callable[..., Float[Array, "batch heads queries keys"]] | None:
+    """What tells the weights that an attention function applies: `weights(q, k)`, before any dropout.
+
+    Args:
+        attention: a function of this module, or a `functools.partial` of it, whose mask then counts.
+
+    Returns:
+        `attention_weights` with that mask, for full, flash and causal attention; None for the others, which apply no
+        such weights.
+    """
+    function, bound = getattr(attention, "func", attention), getattr(attention, "keywords", {})
+    if function is causal_attention:
+        return partial(attention_weights, causal=True)
+    if function not in (full_attention, flash_attention):
+        return None
+    return partial(attention_weights, **{name: bound[name] for name in ("mask", "causal") if name in bound})
 
 
 def flow_attention(
@@ -251,8 +355,8 @@ def probsparse_attention(
         raise ValueError(f"factor must be at least 1, got {factor}")
     q, k, v = (jnp.asarray(each) for each in (q, k, v))
     (batch, queries, heads, _), keys = q.shape, k.shape[1]
-    if causal and queries != keys:
-        raise ValueError(f"causal attention is that of tokens to themselves, got {queries} queries and {keys} keys")
+    if causal:
+        _check_causal(queries, keys)
     if sampled is None:
         key = jax.random.key(0) if key is None else key
         sampled = jax.random.randint(key, (queries, _some(factor, keys)), 0, keys)

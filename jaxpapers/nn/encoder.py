@@ -1,4 +1,4 @@
-"""Parts of a Transformer encoder as PyTorch has them: attention with biases, blocks with the norm behind or before."""
+"""Parts of a Transformer as PyTorch has them: attention with biases, encoder and decoder blocks, and its positions."""
 
 from collections.abc import Callable
 from functools import partial
@@ -7,10 +7,11 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from jaxpapers.nn.attention import AttentionFunction, attention_weights, full_attention
+from jaxpapers.nn.attention import AttentionFunction, full_attention, weights_of
 from jaxpapers.nn.dropout import Dropout
 from jaxpapers.nn.initializers import torch_dense
 
@@ -22,8 +23,8 @@ gelu = partial(nn.gelu, approximate=False)
 class MultiHeadAttention(nn.Module):
     """Attention of x to itself or to a memory, with biases.
 
-    Sows the weights of full attention as `attention_weights` into the collection `intermediates` where it is mutable,
-    with the mask that the function was given by `functools.partial`.
+    Sows the weights as `attention_weights` into the collection `intermediates` where it is mutable and the function
+    applies such weights (see `nn.attention.weights_of`).
 
     Attributes:
         num_heads: they divide the width.
@@ -66,9 +67,9 @@ class MultiHeadAttention(nn.Module):
             torch_dense(width, width, name=name, **options)(source).reshape(*source.shape[:2], self.num_heads, -1)
             for name, source in (("query", x), ("key", memory), ("value", memory))
         )
-        if self.is_mutable_collection("intermediates"):
-            mask = getattr(self.attention, "keywords", {}).get("mask")  # where it is bound by `partial`
-            self.sow("intermediates", "attention_weights", attention_weights(q, k, mask))
+        weights = weights_of(self.attention)
+        if weights is not None and self.is_mutable_collection("intermediates"):
+            self.sow("intermediates", "attention_weights", weights(q, k))
         key = None if deterministic else self.make_rng("dropout")
         out = self.attention(q, k, v, key=key).reshape(x.shape)
         options = {"bias_init": nn.initializers.zeros} if self.packed else {}
@@ -152,3 +153,63 @@ class EncoderMLP(nn.Module):
         hidden = self.activation(torch_dense(self.hidden, x.shape[-1], dtype=self.dtype, name="up")(x))
         hidden = Dropout(self.dropout_rate, deterministic)(hidden)
         return torch_dense(x.shape[-1], self.hidden, dtype=self.dtype, name="down")(hidden)
+
+
+class DecoderBlock(nn.Module):
+    """Causal self-attention, attention to a memory, MLP: x <- LayerNorm(x + drop(branch(x))) each.
+
+    Attributes:
+        num_heads: of both attentions.
+        hidden: units of the MLP.
+        activation: of the MLP; GELU with erf by default.
+        attention: a function of `nn.attention` that takes `causal`, for both, its own dropout included.
+        dropout_rate: of the branches and inside the MLP.
+        dtype: of the computation; None: that of inputs and parameters.
+        epsilon: of the LayerNorms.
+    """
+
+    num_heads: int
+    hidden: int
+    activation: Callable[[Array], Array] = gelu
+    attention: AttentionFunction = full_attention
+    dropout_rate: float = 0.0
+    dtype: DTypeLike | None = None
+    epsilon: float = LAYER_NORM_EPSILON
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "batch tokens width"],
+        memory: Float[Array, "batch others width"],
+        deterministic: bool = True,
+    ) -> Float[Array, "batch tokens width"]:
+        """Applies the block.
+
+        Args:
+            x: the tokens so far.
+            memory: the encoder's tokens.
+            deterministic: False: with dropout, from the stream `dropout`.
+
+        Raises:
+            ValueError: heads that do not divide the width.
+        """
+        own, cross = (
+            MultiHeadAttention(self.num_heads, function, dtype=self.dtype, name=f"{name}_attention")
+            for name, function in (("self", partial(self.attention, causal=True)), ("cross", self.attention))
+        )
+        mlp = EncoderMLP(self.hidden, self.activation, self.dropout_rate, self.dtype, name="mlp")
+        branches = (
+            ("self_norm", lambda x: own(x, deterministic=deterministic)),
+            ("cross_norm", lambda x: cross(x, memory, deterministic=deterministic)),
+            ("mlp_norm", lambda x: mlp(x, deterministic)),
+        )
+        for name, branch in branches:
+            x = x + Dropout(self.dropout_rate, deterministic)(branch(x))
+            x = nn.LayerNorm(self.epsilon, dtype=self.dtype, name=name)(x)
+        return x
+
+
+def sinusoidal_positions(steps: int, width: int) -> Float[np.ndarray, "steps width"]:
+    """Sine and cosine of position / 10000^(2 i / width) in channels 2 i and 2 i + 1 (arXiv 1706.03762, Sec. 3.5)."""
+    angles = np.arange(steps)[:, None] * 10_000.0 ** (-np.arange(0, width, 2) / width)
+    return np.stack([np.sin(angles), np.cos(angles)], axis=-1).reshape(steps, -1)[:, :width]

@@ -1,4 +1,4 @@
-"""Parts of a Transformer decoder: rotary positions, causal attention in chunks or with a cache, SwiGLU."""
+"""Parts of a decoder-only Transformer: rotary positions, causal attention in chunks or with a cache, SwiGLU."""
 
 import flax.linen as nn
 import jax
@@ -7,6 +7,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from jaxpapers.nn.attention import causal_attention
 from jaxpapers.typing import AnyArray, Initializer
 
 NORM_EPSILON = 1e-5
@@ -33,43 +34,6 @@ def rotary(
     first, second = jnp.split(jnp.asarray(x), 2, axis=-1)
     turned = jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
     return turned.astype(x.dtype)
-
-
-def causal_attention(
-    q: Float[Array, "batch time heads head_dim"],
-    k: Float[Array, "batch time heads head_dim"],
-    v: Float[Array, "batch time heads head_dim"],
-    chunk: int | None = None,
-) -> Float[Array, "batch time heads head_dim"]:
-    """Softmax attention to the past and the present, in float32 at least.
-
-    Args:
-        q: queries.
-        k: keys.
-        v: values.
-        chunk: queries whose weights are held at once, and computed again in the backward pass: memory grows with
-            chunk * time, not with time^2. It need not divide the time. None: all queries at once.
-
-    Raises:
-        ValueError: a chunk below 1.
-    """
-    if chunk is None:
-        return jax.nn.dot_product_attention(q, k, v, is_causal=True)
-    if chunk < 1:
-        raise ValueError(f"attention's chunk must be at least 1, got {chunk}")
-    batch, time, *shape = q.shape
-    chunk = min(chunk, time)
-    filled = jnp.pad(q, ((0, 0), (0, -time % chunk), (0, 0), (0, 0)))
-    chunks = jnp.moveaxis(filled.reshape(batch, -1, chunk, *shape), 1, 0)
-
-    def attend(part: tuple[Array, Array]) -> Array:
-        start, q = part
-        past = jnp.arange(time) <= start + jnp.arange(chunk)[:, None]
-        return jax.nn.dot_product_attention(q, k, v, mask=past[None, None])
-
-    # The loop keeps XLA from merging the second computation with the first.
-    out = lax.map(jax.checkpoint(attend, prevent_cse=False), (chunk * jnp.arange(len(chunks)), chunks))
-    return jnp.moveaxis(out, 0, 1).reshape(filled.shape)[:, :time]
 
 
 class CausalSelfAttention(nn.Module):
@@ -127,7 +91,7 @@ class CausalSelfAttention(nn.Module):
         if self.cache_length is None:
             if self.rotary:
                 q, k = (rotary(each, jnp.arange(steps)) for each in (q, k))
-            out = causal_attention(q, k, v, self.chunk)
+            out = causal_attention(q, k, v, chunk=self.chunk)
         else:
             out = self._continued(q, k, v, self.cache_length)
         return nn.DenseGeneral(

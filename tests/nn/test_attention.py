@@ -7,26 +7,31 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from jax.extend.core import jaxprs_in_params
 from scipy.special import expit, logsumexp, softmax
 
 from jaxpapers.nn.attention import (
     LSHSelfAttention,
     attention_weights,
+    causal_attention,
     flash_attention,
     flow_attention,
     full_attention,
     lsh_attention,
     probsparse_attention,
+    weights_of,
 )
 from jaxpapers.nn.dropout import keep_mask
+from jaxpapers.train import jit_once
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "itransformer"
 ATOL = 2e-5  # of the card: float32 on both sides
 
 BATCH, QUERIES, KEYS, HEADS, DIM = 2, 11, 14, 4, 4
 full, flow, weights = jax.jit(full_attention), jax.jit(flow_attention), jax.jit(attention_weights)
-flash = jax.jit(flash_attention, static_argnames="block_size")
+flash = jax.jit(flash_attention, static_argnames=("block_size", "causal"))
 probsparse = jax.jit(probsparse_attention, static_argnames=("factor", "reference_layout"))
 lsh = jax.jit(lsh_attention, static_argnames=("bucket_size", "num_rounds"))
 
@@ -47,6 +52,7 @@ def test_golden_full_and_flash(kernels):
     mask = np.tri(QUERIES, dtype=bool)
     np.testing.assert_allclose(full(q, k, v), kernels["full"], atol=ATOL)
     np.testing.assert_allclose(full(q, k, v, mask=mask), kernels["full_causal"], atol=ATOL)
+    np.testing.assert_allclose(flash(q, k, v, block_size=5, causal=True), kernels["full_causal"], atol=ATOL)
     cross = kernels["k_cross"], kernels["v_cross"]
     np.testing.assert_allclose(full(q, *cross), kernels["full_cross"], atol=ATOL)
     np.testing.assert_allclose(flash(q, *cross, block_size=5), kernels["full_cross"], atol=ATOL)
@@ -146,6 +152,99 @@ def test_flash_has_the_derivatives_of_full_attention():
             np.testing.assert_allclose(one, other, atol=1e-12)
 
 
+@given(
+    tokens=st.sampled_from([1, 2, 7, 11]),
+    block_size=st.sampled_from([1, 3, 4, 32]),
+    sizes=st.sampled_from([(1, 1, 3, 5), (2, 3, 4, 2)]),
+    seed=st.integers(0, 10**6),
+)
+@settings(max_examples=7)
+def test_causal_flash_is_full_attention_with_a_mask_and_so_are_its_derivatives(tokens, block_size, sizes, seed):
+    batch, heads, head_dim, value_dim = sizes
+    rng = np.random.default_rng(seed)
+    q, k, v, g = (rng.normal(size=(batch, tokens, heads, d)) for d in (head_dim, head_dim, value_dim, value_dim))
+
+    def both(q, k, v, g):
+        found = []
+        for attention in (
+            partial(flash_attention, causal=True, block_size=block_size),
+            partial(full_attention, mask=np.tri(tokens, dtype=bool)),
+        ):
+            out, pull = jax.vjp(attention, q, k, v)
+            found.append((out, *pull(g)))
+        return found
+
+    with jax.enable_x64(True):
+        ours, expected = jit_once(both)(q, k, v, g)
+        jax.tree.map(partial(np.testing.assert_allclose, atol=1e-12), ours, expected)
+
+
+def test_a_mask_and_causality_hide_what_either_hides():
+    q, k, v = draw(20, 6, 6)
+    mask = np.random.default_rng(21).uniform(size=(BATCH, HEADS, 6, 6)) > 0.5
+    mask[..., 0] = True  # each query needs a key
+    ours = jit_once(partial(full_attention, causal=True))(q, k, v, mask=mask)
+    np.testing.assert_array_equal(ours, full(q, k, v, mask=mask & np.tri(6, dtype=bool)))
+    shares = jit_once(partial(attention_weights, causal=True))(q, k, mask)
+    assert (np.asarray(shares)[~(mask & np.tri(6, dtype=bool))] == 0).all()
+    np.testing.assert_allclose(np.einsum("bhqk,bkhd->bqhd", shares, v), ours, atol=1e-6)  # float32
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 7, 20])
+def test_causal_attention_by_chunks_of_queries_is_full_attention(chunk):
+    with jax.enable_x64(True):
+        q, k, v, g = (np.random.default_rng(seed).normal(size=(2, 7, 3, 4)) for seed in range(4))
+
+        def both(attention):
+            y, pull = jax.vjp(attention, q, k, v)
+            return y, *pull(g)
+
+        ours, whole, expected = (
+            jit_once(partial(both, attention))()
+            for attention in (
+                partial(causal_attention, chunk=chunk),
+                causal_attention,
+                partial(full_attention, causal=True),
+            )
+        )
+        # JAX's softmax is in float32 here as well.
+        for found in (ours, whole):
+            jax.tree.map(partial(np.testing.assert_allclose, atol=2e-6), found, expected)
+
+
+def test_causal_attention_by_chunks_never_holds_all_weights():
+    q = jnp.zeros((1, 64, 2, 4))
+    text = str(jax.make_jaxpr(jax.grad(lambda q: causal_attention(q, q, q, chunk=8).sum()))(q))
+    assert ",8,64]" in text
+    assert ",64,64]" not in text
+
+
+@pytest.mark.parametrize(
+    "attention",
+    [
+        full_attention,
+        partial(full_attention, mask=np.tri(6, k=1, dtype=bool), dropout_rate=0.5),
+        partial(full_attention, mask=np.tri(6, k=1, dtype=bool)[::-1, ::-1], causal=True),
+        partial(flash_attention, causal=True, block_size=4),
+        partial(causal_attention, chunk=4),
+    ],
+    ids=["full", "masked", "masked and causal", "flash", "causal"],
+)
+def test_weights_are_those_that_the_function_applies(attention):
+    q, k, _ = draw(22, 6, 6)
+    # Values that are the unit vectors show the weights.
+    units = np.broadcast_to(np.eye(6, dtype=np.float32)[None, :, None], (BATCH, 6, HEADS, 6))
+    if isinstance(attention, partial) and attention.func is causal_attention:  # its heads' widths are equal
+        q, k = (np.pad(each, ((0, 0), (0, 0), (0, 0), (0, 2))) * (6 / 4) ** 0.25 for each in (q, k))
+    applied = jnp.moveaxis(jit_once(attention)(q, k, units), 2, 1)
+    np.testing.assert_allclose(jit_once(weights_of(attention))(q, k), applied, atol=1e-6)  # float32
+
+
+def test_other_functions_have_no_such_weights():
+    for attention in (flow_attention, partial(probsparse_attention, causal=True), lambda q, k, v, key=None: v):
+        assert weights_of(attention) is None
+
+
 def test_flash_survives_logits_beyond_the_range_of_exp():
     q, k, v = draw(5)
     # The largest block comes last, so that the running maximum has to give way.
@@ -167,8 +266,14 @@ def largest_array(function, *arguments):
 
 @pytest.mark.parametrize(
     ("attention", "linear"),
-    [(full_attention, False), (flash_attention, True), (flow_attention, True), (lsh_attention, False)],
-    ids=lambda value: getattr(value, "__name__", ""),
+    [
+        (full_attention, False),
+        (flash_attention, True),
+        (partial(flash_attention, causal=True), True),
+        (flow_attention, True),
+        (lsh_attention, False),
+    ],
+    ids=lambda value: getattr(value, "__name__", str(getattr(value, "keywords", ""))),
 )
 def test_memory_grows_with_tokens_or_with_their_square(attention, linear):
     def derivative(*arguments):
@@ -308,6 +413,11 @@ def test_bad_input_is_refused():
     q, k, v = draw(19)
     with pytest.raises(ValueError, match="block_size must be at least 1, got 0"):
         flash_attention(q, k, v, block_size=0)
+    for attention in (full_attention, flash_attention, probsparse_attention):
+        with pytest.raises(ValueError, match="tokens to themselves, got 11 queries and 14 keys"):
+            attention(q, k, v, causal=True)
+    with pytest.raises(ValueError, match="attention's chunk must be at least 1, got 0"):
+        causal_attention(k, k, v, chunk=0)
     with pytest.raises(ValueError, match="factor must be at least 1, got 0"):
         probsparse_attention(q, k, v, factor=0)
     with pytest.raises(ValueError, match="a row for each of the 11 queries, got 3"):
@@ -341,5 +451,3 @@ def test_causal_probsparse_attention_is_its_formula(factor):
     if factor == 9:
         causal = full_attention(q, k, v, mask=np.tri(11, dtype=bool))
         np.testing.assert_allclose(attend(q, k, v), causal, atol=ATOL)  # whatever keys are drawn
-    with pytest.raises(ValueError, match="got 11 queries and 10 keys"):
-        probsparse_attention(q, k[:, :10], v[:, :10], causal=True)

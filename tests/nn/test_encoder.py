@@ -1,6 +1,6 @@
-"""Encoder blocks against numpy in float64, PyTorch's two ways to initialise, dropout."""
+"""Encoder and decoder blocks against numpy in float64, PyTorch's two ways to initialise, dropout."""
 
-from functools import cache
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from scipy.special import erf, softmax
 
-from jaxpapers.nn.attention import flow_attention
-from jaxpapers.nn.encoder import EncoderBlock, EncoderMLP, MultiHeadAttention
+from jaxpapers.nn.attention import flash_attention, flow_attention, full_attention, probsparse_attention
+from jaxpapers.nn.encoder import DecoderBlock, EncoderBlock, EncoderMLP, MultiHeadAttention, sinusoidal_positions
 
 BATCH, TOKENS, OTHERS, WIDTH, HEADS, HIDDEN = 2, 6, 9, 16, 4, 24
 X = np.random.default_rng(0).normal(size=(BATCH, TOKENS, WIDTH)).astype(np.float32)
@@ -32,12 +32,13 @@ def dense(params, x):
     return x @ np.float64(params["kernel"]) + np.float64(params["bias"])
 
 
-def attention_by_hand(params, x, memory):
+def attention_by_hand(params, x, memory, causal=False):
     q, k, v = (dense(params[name], each) for name, each in (("query", x), ("key", memory), ("value", memory)))
     out, size = np.zeros_like(q), WIDTH // HEADS
     for b, t, h in np.ndindex(*x.shape[:2], HEADS):
         head = slice(h * size, (h + 1) * size)
-        out[b, t, head] = softmax(k[b, :, head] @ q[b, t, head] / np.sqrt(size)) @ v[b, :, head]
+        seen = slice(t + 1 if causal else None)
+        out[b, t, head] = softmax(k[b, seen, head] @ q[b, t, head] / np.sqrt(size)) @ v[b, seen, head]
     return dense(params["out"], out)
 
 
@@ -78,6 +79,59 @@ def test_block_is_its_formula(norm, epsilon):
         x = x + attention(first(x))
         expected = x + mlp(second(x))
     np.testing.assert_allclose(compiled(module)({"params": params}, jnp.asarray(X)), expected, atol=2e-5)  # float32
+
+
+@pytest.mark.parametrize("attention", [full_attention, partial(flash_attention, block_size=4)], ids=["full", "flash"])
+def test_decoder_block_is_its_formula(attention):
+    module = DecoderBlock(HEADS, HIDDEN, attention=attention, epsilon=1e-3)
+    params = init(module, X, MEMORY)
+    norm = lambda name, x: norm_by_hand(params[name], x, 1e-3)  # noqa: E731
+    x, memory = np.float64(X), np.float64(MEMORY)
+    x = norm("self_norm", x + attention_by_hand(params["self_attention"], x, x, causal=True))
+    x = norm("cross_norm", x + attention_by_hand(params["cross_attention"], x, memory))
+    expected = norm("mlp_norm", x + mlp_by_hand(params["mlp"], x))
+    ours = compiled(module)({"params": params}, jnp.asarray(X), jnp.asarray(MEMORY))
+    np.testing.assert_allclose(ours, expected, atol=3e-5)  # float32
+
+
+def test_decoder_block_drops_all_branches():
+    module = DecoderBlock(HEADS, HIDDEN, dropout_rate=0.5)
+    params = init(module, X, MEMORY)
+    drop, tokens = partial(compiled(module), deterministic=False), (jnp.asarray(X), jnp.asarray(MEMORY))
+    branches = ("self_attention", "cross_attention", "mlp")
+    for branch in branches:
+        zeros = {other: jax.tree.map(np.zeros_like, params[other]) for other in branches if other != branch}
+        alone = {"params": {**params, **zeros}}
+        one, other = (drop(alone, *tokens, rngs={"dropout": jax.random.key(seed)}) for seed in (0, 1))
+        assert np.abs(one - other).max() > 1e-2
+
+
+def test_sinusoidal_positions():
+    table = sinusoidal_positions(10, 6)
+    for t, i in np.ndindex(10, 3):
+        angle = t / 10_000 ** (2 * i / 6)
+        np.testing.assert_allclose(table[t, 2 * i : 2 * i + 2], [np.sin(angle), np.cos(angle)], atol=1e-12)
+    assert sinusoidal_positions(4, 5).shape == (4, 5)
+
+
+@pytest.mark.parametrize("attention", [flow_attention, probsparse_attention, partial(probsparse_attention, factor=9)])
+def test_no_maps_are_sown_where_none_were_used(attention):
+    module = MultiHeadAttention(HEADS, attention)
+    apply = partial(module.apply, mutable="intermediates")
+    _, sown = jax.eval_shape(apply, {"params": init(module, X)}, jnp.asarray(X))
+    assert not sown
+
+
+def test_maps_of_a_decoder_see_the_past_alone_and_the_whole_memory():
+    module = DecoderBlock(HEADS, HIDDEN, attention=flash_attention)
+    params = init(module, X, MEMORY)
+    _, sown = compiled(module)({"params": params}, jnp.asarray(X), jnp.asarray(MEMORY), mutable="intermediates")
+    (own,), (cross,) = (sown["intermediates"][f"{name}_attention"]["attention_weights"] for name in ("self", "cross"))
+    assert (np.triu(own, 1) == 0).all()
+    assert (own.shape, cross.shape) == ((BATCH, HEADS, TOKENS, TOKENS), (BATCH, HEADS, TOKENS, OTHERS))
+    assert (cross > 0).all()
+    for maps in (own, cross):
+        np.testing.assert_allclose(maps.sum(axis=-1), 1, atol=1e-6)
 
 
 def test_maps_are_sown_where_they_are_wanted():
@@ -176,5 +230,7 @@ def test_half_precision_keeps_its_type():
 def test_bad_input_is_refused():
     with pytest.raises(ValueError, match="3 heads do not divide the width 16"):
         jax.eval_shape(MultiHeadAttention(3).init, jax.random.key(0), X)
+    with pytest.raises(ValueError, match="3 heads do not divide the width 16"):
+        jax.eval_shape(DecoderBlock(3, HIDDEN).init, jax.random.key(0), X, MEMORY)
     with pytest.raises(ValueError, match="norm 'both' is unknown"):
         EncoderBlock(HEADS, HIDDEN, norm="both").init(jax.random.key(0), jnp.asarray(X))

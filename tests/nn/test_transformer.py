@@ -6,10 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy.special import softmax
 
-from jaxpapers.nn.transformer import CausalSelfAttention, SwiGLU, causal_attention, rotary, swiglu_width
-from jaxpapers.train import jit_once
+from jaxpapers.nn.transformer import CausalSelfAttention, SwiGLU, rotary, swiglu_width
 
 BATCH, STEPS, WIDTH, HEADS = 2, 7, 16, 2
 X = jax.random.normal(jax.random.key(0), (BATCH, STEPS, WIDTH))
@@ -111,29 +109,3 @@ def test_bad_input_is_refused():
         CausalSelfAttention(HEADS, cache_length=4).init(jax.random.key(0), X)
     with pytest.raises(ValueError, match="chunk=2 has no meaning with a cache"):
         CausalSelfAttention(HEADS, cache_length=8, chunk=2).init(jax.random.key(0), X)
-
-
-@pytest.mark.parametrize("chunk", [1, 4, 7, 20])
-def test_attention_by_chunks_is_attention(chunk):
-    with jax.enable_x64(True):
-        q, k, v, g = (np.random.default_rng(seed).normal(size=(2, 7, 3, 4)) for seed in range(4))
-        q, k, v = (jnp.asarray(each) for each in (q, k, v))
-
-        def both(chunk):
-            y, pull = jax.vjp(partial(causal_attention, chunk=chunk), q, k, v)
-            return y, *pull(g)
-
-        scores = np.einsum("bqhd,bkhd->bhqk", q, k) / 2
-        weights = softmax(np.where(np.tril(np.ones((7, 7), bool)), scores, -np.inf), axis=-1)
-        ours, whole = jit_once(partial(both, chunk))(), jit_once(partial(both, None))()
-        # JAX's softmax is in float32 here as well.
-        np.testing.assert_allclose(ours[0], np.einsum("bhqk,bkhd->bqhd", weights, v), atol=1e-6)
-        for mine, expected in zip(ours, whole, strict=True):
-            np.testing.assert_allclose(mine, expected, atol=2e-6)
-
-
-def test_attention_by_chunks_never_holds_all_weights():
-    q = jnp.zeros((1, 64, 2, 4))
-    text = str(jax.make_jaxpr(jax.grad(lambda q: causal_attention(q, q, q, 8).sum()))(q))
-    assert ",8,64]" in text
-    assert ",64,64]" not in text

@@ -1,4 +1,4 @@
-"""Matryoshka: golden figures of the authors' heads, and search, cascade, baselines by independent routes."""
+"""Matryoshka: golden figures of the authors' heads, and cascade, reranking, baselines by independent routes."""
 
 import itertools
 from functools import partial
@@ -8,10 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from scipy.special import log_softmax, logsumexp
 
+from experiments.timing import residuals, temporary_bytes
 from jaxpapers.nn.resnet import ResNet
 from jaxpapers.representation import matryoshka as mrl
 from jaxpapers.representation.matryoshka import retrieval
@@ -19,7 +18,6 @@ from jaxpapers.train import make_mesh
 
 # The search runs compiled: op by op it would compile dozens of small programs.
 search = jax.jit(mrl.exact_search, static_argnames=("k", "dim", "block", "query_block"))
-sharded = jax.jit(mrl.sharded_search, static_argnames=("k", "mesh", "dim", "valid", "block", "query_block"))
 rerank = jax.jit(mrl.rerank, static_argnames=("dim", "mesh", "query_block"))
 funnel = jax.jit(mrl.funnel, static_argnames=("dims", "lengths", "mesh"))
 measures = jax.jit(mrl.retrieval_metrics, static_argnames="k")
@@ -219,8 +217,7 @@ def test_contrastive_loss_normalises_every_prefix():
         terms = [numpy_info_nce(u[:, :m], v[:, :m], 0.2, normalize=False) for m in NESTING]
         np.testing.assert_allclose(value, np.dot(c, terms), rtol=1e-12)
         assert (np.abs(grad) > 0).all()
-        kept = jax.tree.leaves(jax.eval_shape(lambda u, v: jax.vjp(plain, u, v)[1], u, v))
-        assert all(leaf.shape != (7, 7) for leaf in kept)  # no similarities
+        assert all(array.shape != (7, 7) for array in residuals(plain, u, v))  # no similarities
 
 
 def test_masked_language_loss_is_the_tied_loss():
@@ -245,8 +242,7 @@ def test_masked_language_loss_is_the_tied_loss():
         jax.tree.map(partial(np.testing.assert_allclose, atol=1e-12), grads, expected_grads)
         whole = mrl.nested_cross_entropy(logits.reshape(4, 6, 11), targets.ravel(), importance)
         np.testing.assert_allclose(jax.jit(ours)(h, E), whole, rtol=1e-12)
-        kept = jax.tree.leaves(jax.eval_shape(lambda h, E: jax.vjp(ours, h, E)[1], h, E))
-        assert all(leaf.shape != (2, 3, 11) for leaf in kept)  # no logits
+        assert all(array.shape != (2, 3, 11) for array in residuals(ours, h, E))  # no logits
 
 
 # ---- prefixes
@@ -307,61 +303,21 @@ def test_golden_retrieval(golden_lists, x64):
             np.testing.assert_allclose(measured.top1, g["top1"][index], rtol=1e-6)
 
 
-def brute_force(queries, database, dim, k):
-    """Order by cosine, then by index."""
-    q, x = (np.asarray(part, np.float64)[:, :dim] for part in (queries, database))
-    norms = np.linalg.norm(x, axis=1)
-    scores = q @ x.T / np.where(norms == 0, 1, norms)
-    return np.argsort(-scores, axis=1, kind="stable")[:, :k]
-
-
 @pytest.fixture(scope="module")
 def search_data():
     rng = np.random.default_rng(3)
     return rng.normal(size=(7, 6)).astype(np.float32), rng.normal(size=(41, 6)).astype(np.float32)
 
 
-@pytest.mark.parametrize(
-    ("k", "block", "query_block"), [(1, 1, 1), (5, 4, 3), (41, 40, 1000), (41, 1000, 3), (5, 41, 7), (9, 4, 1000)]
-)
-def test_search_does_not_depend_on_its_blocks(search_data, k, block, query_block):
-    queries, database = search_data
-    found = search(queries, database, k=k, dim=4, block=block, query_block=query_block)
-    np.testing.assert_array_equal(found, brute_force(queries, database, 4, k))
-
-
-@pytest.mark.parametrize("block", [3, 64])
-def test_equal_neighbours_come_by_index_and_lengths_do_not_matter(search_data, block):
+def test_equal_neighbours_are_reranked_by_index():
     rng = np.random.default_rng(4)
     # Coordinates 0 and +-1 with two of them set: equal cosines are equal bits.
     rows = np.zeros((30, 4), np.float32)
     for row in rows:
         row[rng.choice(4, 2, replace=False)] = rng.choice([-1, 1], 2)
-    scaled = rows * 2.0 ** rng.integers(-3, 4, size=(30, 1))
-    expected = brute_force(rows[:5], rows, 4, 30)
-    scaled = scaled.astype(np.float32)
-    np.testing.assert_array_equal(search(rows[:5], scaled, k=30, block=block), expected)
-    shuffled = rng.permuted(expected, axis=1)
-    np.testing.assert_array_equal(rerank(shuffled, rows[:5], scaled, dim=4), expected)
-    found = sharded(rows[:5], scaled, k=30, mesh=make_mesh(data=8), block=block)
-    np.testing.assert_array_equal(found, expected)
-    queries, database = search_data
-    scaled = database * rng.uniform(0.1, 10, size=(41, 1)).astype(np.float32)
-    found = search(3 * queries, scaled, k=41)
-    np.testing.assert_array_equal(found, brute_force(queries, database, 6, 41))
-
-
-def test_a_zero_row_is_no_nan():
-    database = np.array([[0, 0], [1, 0], [-1, 0]], np.float32)
-    np.testing.assert_array_equal(search(database[1:2], database, k=3), [[1, 0, 2]])
-    np.testing.assert_array_equal(search(database[:1], database, k=3), [[0, 1, 2]])
-
-
-@pytest.mark.parametrize(("items", "k"), [(41, 9), (40, 7), (5, 5)])  # padded; even; fewer rows than devices
-def test_a_search_over_devices_is_that_of_one(search_data, items, k):
-    queries, database = search_data
-    found = sharded(queries, database[:items], k=k, mesh=make_mesh(data=8), dim=5, block=4, query_block=4)
-    np.testing.assert_array_equal(found, brute_force(queries, database[:items], 5, k))
+    expected = search(rows[:5], rows, k=30)
+    scaled = (rows * 2.0 ** rng.integers(-3, 4, size=(30, 1))).astype(np.float32)
+    np.testing.assert_array_equal(rerank(rng.permuted(expected, axis=1), rows[:5], scaled, dim=4), expected)
 
 
 @pytest.mark.parametrize("items", [41, 40])  # padded; even
@@ -376,28 +332,13 @@ def test_reranking_over_devices_is_that_of_one(search_data, items):
     np.testing.assert_array_equal(found, funnel(listed, queries, database[:items], **stages))
 
 
-def test_rows_that_only_fill_up_are_never_found(search_data):
-    queries, database = search_data
-    filled = np.concatenate([database, np.zeros((7, 6), np.float32)])
-    options = {"k": 41, "mesh": make_mesh(data=8), "dim": 5, "block": 4}
-    found = sharded(queries, filled, valid=41, **options)
-    np.testing.assert_array_equal(found, brute_force(queries, database, 5, 41))
-
-
-def test_search_holds_no_matrix_of_all_pairs():
-    queries, database = (jax.ShapeDtypeStruct((count, 16), jnp.float32) for count in (3000, 50_000))
-    lowered = search.lower(queries, database, k=10, dim=8, block=1000, query_block=500)
-    memory = lowered.compile().memory_analysis().temp_size_in_bytes
-    assert memory < 50e6  # all pairs: 600 MB; a block of them: 2 MB
-
-
 @pytest.mark.parametrize("bytes_held", [1, 3 * 20 * 6 * 4, 10**9])  # of one query, of three, of all
 def test_reranking_does_not_depend_on_its_blocks(search_data, bytes_held, monkeypatch):
     queries, database = search_data
     listed = search(queries, database, k=20, dim=3)
     monkeypatch.setattr(retrieval, "RERANK_BYTES", bytes_held)
     found = jax.jit(lambda *given: mrl.rerank(*given, 6))(listed, queries, database)
-    whole = brute_force(queries, database, 6, 41)
+    whole = np.asarray(search(queries, database, k=41))
     expected = [[item for item in row if item in some] for row, some in zip(whole, np.asarray(listed), strict=True)]
     np.testing.assert_array_equal(found, expected)
 
@@ -405,7 +346,7 @@ def test_reranking_does_not_depend_on_its_blocks(search_data, bytes_held, monkey
 def test_reranking_holds_few_rows_whatever_their_size():
     shapes = ((1024, 200), jnp.int32), ((1024, 2048), jnp.float32), ((3000, 2048), jnp.float32)  # lists of the paper's
     lowered = rerank.lower(*(jax.ShapeDtypeStruct(*shape) for shape in shapes), dim=2048)
-    assert lowered.compile().memory_analysis().temp_size_in_bytes < 4 * retrieval.RERANK_BYTES  # all rows: 1.7 GB
+    assert temporary_bytes(lowered.compile()) < 4 * retrieval.RERANK_BYTES  # all rows: 1.7 GB
 
 
 @pytest.mark.parametrize("devices", [None, 8])
@@ -428,37 +369,11 @@ def test_reranking(search_data):
     one_stage = funnel(listed, queries, database, dims=(6,), lengths=(8,))
     np.testing.assert_array_equal(one_stage, rerank(listed[:, :8], queries, database, dim=6))
     everything = search(queries, database, k=41, dim=3)
-    expected = brute_force(queries, database, 6, 41)
+    expected = search(queries, database, k=41)
     np.testing.assert_array_equal(rerank(everything, queries, database, dim=6), expected)
     thinned = np.asarray(funnel(listed, queries, database, dims=(4, 6), lengths=(15, 5)))
     assert all(set(row) <= set(whole) for row, whole in zip(thinned, before, strict=True))
     np.testing.assert_array_equal(listed, before)
-
-
-@given(st.sampled_from([1, 5, 12]), st.integers(0, 2**31))
-def test_measures_by_loops(k, seed):
-    rng = np.random.default_rng(seed)
-    labels, query_labels = rng.integers(0, 4, size=30), rng.integers(0, 5, size=9)
-    neighbors = np.stack([rng.permutation(30)[:12] for _ in range(9)])
-    found = [float(value) for value in measures(neighbors, labels, query_labels, k=k)]
-    rows = []
-    for row, label in zip(neighbors, query_labels, strict=True):
-        relevant = labels[row[:k]] == label
-        average = sum(relevant[: j + 1].mean() for j in range(k) if relevant[j]) / k
-        recall = relevant.sum() / max(np.sum(labels == label), 1)
-        rows.append((relevant[0], average, relevant.mean(), recall, relevant.any()))
-    np.testing.assert_allclose(found, np.mean(rows, axis=0), rtol=1e-5, atol=1e-7)
-    top1, mean_average, precision, _, hit_rate = found
-    assert 0 <= mean_average <= precision + 1e-6 <= hit_rate + 2e-6 <= 1 + 3e-6
-    if k == 1:
-        np.testing.assert_allclose([mean_average, precision], top1)
-
-
-def test_measures_of_simple_lists():
-    neighbors, query = np.arange(10)[None], np.zeros(1, int)
-    ahead = measures(neighbors, np.array([0] * 3 + [1] * 7), query, k=10)
-    np.testing.assert_allclose((ahead.map_at_k, ahead.precision, ahead.recall, ahead.hit_rate), (0.3, 0.3, 1, 1))
-    np.testing.assert_allclose(measures(neighbors, np.zeros(10, int), query, k=10), 1)
 
 
 def test_cost_is_the_papers():
@@ -467,23 +382,6 @@ def test_cost_is_the_papers():
     stages = ((32, 64, 128, 256), (100, 50, 25, 10))
     np.testing.assert_allclose(3630 * 256 / 1e6 / mrl.funnel_mflops(3630, 16, *stages), 13.2, atol=0.05)
     np.testing.assert_allclose(3630 * 256 / 1e6 / mrl.search_mflops(3630, 16, 100, 256), 11.1, atol=0.05)
-
-
-def test_nearest_class_mean_by_loops():
-    rng = np.random.default_rng(5)
-    support, queries = rng.normal(size=(20, 6)).astype(np.float32), rng.normal(size=(15, 6)).astype(np.float32)
-    labels = np.append(rng.integers(0, 3, size=18), [4, 4])  # nobody has label 3
-    weights = (rng.uniform(size=20) > 0.3).astype(np.float32)
-    weights[labels == 0] = [1] + [0] * (np.sum(labels == 0) - 1)
-    for given_weights in (None, weights):
-        used = np.ones(20, bool) if given_weights is None else weights > 0
-        classes = [c for c in range(5) if (used & (labels == c)).any()]
-        means = np.stack([support[used & (labels == c), :4].mean(axis=0) for c in classes])
-        distance = np.linalg.norm(queries[:, None, :4] - means, axis=2)
-        cosine = queries[:, :4] @ means.T / np.linalg.norm(means, axis=1)
-        ours = partial(mrl.nearest_class_mean, support, labels, queries, 5, dim=4, weights=given_weights)
-        np.testing.assert_array_equal(ours(), np.array(classes)[distance.argmin(axis=1)])
-        np.testing.assert_array_equal(ours(cosine=True), np.array(classes)[cosine.argmax(axis=1)])
 
 
 # ---- cascade
@@ -686,16 +584,6 @@ BAD = {
     "layers": (lambda: mrl.params_from_torch({"fc.weight": np.ones((3, 3))}), "expected .'nesting_classifier_0'"),
     "sizes": (lambda: mrl.log_spaced_sizes(4), "smallest must be between 1 and the width 4, got 8"),
     "uniform": (lambda: mrl.uniform_sizes(10, 5, 8), "5 sizes do not fit between 8 and 10"),
-    "k_large": (lambda: mrl.exact_search(Z, Z, 7), "k must be between 1 and the 6 items of the database, got 7"),
-    "k_zero": (lambda: mrl.exact_search(Z, Z, 0), "got 0"),
-    "dim": (lambda: mrl.exact_search(Z, Z, 1, dim=17), "not 17"),
-    "block": (lambda: mrl.exact_search(Z, Z, 1, block=0), "block and query_block must be at least 1, got 0"),
-    "axis": (lambda: mrl.sharded_search(Z, Z, 1, make_mesh(data=8), axis="rows"), "not 'rows'"),
-    "valid": (
-        lambda: mrl.sharded_search(Z, Z, 1, make_mesh(data=8), valid=7),
-        "valid must be between 1 and the 6 rows",
-    ),
-    "few_valid": (lambda: mrl.sharded_search(Z, Z, 3, make_mesh(data=8), valid=2), "the 2 items of the database"),
     "rerank_axis": (lambda: mrl.rerank(LIST, Z[:1], Z, 8, mesh=make_mesh(data=8), axis="rows"), "not 'rows'"),
     "neighbors": (lambda: mrl.rerank(LIST + 4, Z[:1], Z, 8), "rows of a database of 6: .* got 6"),
     "rerank": (lambda: mrl.rerank(LIST, Z[:1], Z, 17), "not 17"),
@@ -705,9 +593,6 @@ BAD = {
     "no_stage": (lambda: mrl.funnel(LIST, Z[:1], Z, (), ()), "as many lengths as dims"),
     "no_rows": (lambda: mrl.funnel(LIST, Z[:1], Z, (8,), (0,)), "at least 1"),
     "funnel_dim": (lambda: mrl.funnel(LIST, Z[:1], Z, (8, 32), (3, 2)), "not 32"),
-    "metrics_k": (lambda: mrl.retrieval_metrics(LIST, TWO, TWO[:1], 6), "lists' length 5, got 6"),
-    "metrics_rows": (lambda: mrl.retrieval_metrics(LIST, TWO[:3], TWO[:1], 2), "rows of a database of 3"),
-    "support": (lambda: mrl.nearest_class_mean(Z, LABELS, Z, 4), "0..3, got 4"),
     "samples": (lambda: mrl.learn_thresholds(PROBS[:, :0], TWO[:0]), "got 0 samples and 3 heads"),
     "one_head": (lambda: mrl.learn_thresholds(PROBS[:1], TWO), "got 4 samples and 1 heads"),
     "logits": (lambda: mrl.learn_thresholds(3 * PROBS, TWO), r"must lie in \[0, 1\], got 0.0 to 1.5"),

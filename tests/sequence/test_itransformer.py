@@ -265,22 +265,6 @@ def test_random_subsets_have_no_repetition_and_miss_none():
     np.testing.assert_allclose(counts, 400, atol=5 * np.sqrt(600 * 2 / 9))  # five standard deviations
 
 
-def test_linear_cka():
-    rng = np.random.default_rng(3)
-    a, b = rng.normal(size=(20, 5)) + 3, rng.normal(size=(20, 8))
-    cka = jax.jit(itransformer.linear_cka)
-    centred = [x - x.mean(axis=0) for x in (a, b)]
-    K, L = (x @ x.T for x in centred)
-    expected = np.sum(K * L) / np.sqrt(np.sum(K * K) * np.sum(L * L))  # through the Gram matrices
-    with jax.enable_x64(True):
-        np.testing.assert_allclose(cka(a, b), expected, rtol=1e-12)
-        rotation = np.linalg.qr(rng.normal(size=(5, 5)))[0]
-        np.testing.assert_allclose(cka(a, 7 * a @ rotation + 1), 1, rtol=1e-12)
-    np.testing.assert_allclose(cka(np.float32(1e8 * a), np.float32(1e-8 * b)), expected, rtol=1e-5)
-    with pytest.raises(ValueError, match="got 20 and 19"):
-        itransformer.linear_cka(a, b[:19])
-
-
 def dense(params, x):
     return x @ np.float64(params["kernel"]) + np.float64(params.get("bias", 0))
 
@@ -462,14 +446,6 @@ def test_reformer_is_an_encoder_of_the_window_and_zeros(window):
         model.clone(distil=True).init(jax.random.key(0), window)
     read = params_from_torch({"projection.weight": np.zeros((VARIATES, 16), np.float32)})
     assert read["projection"]["kernel"].shape == params["projection"]["kernel"].shape
-
-
-def test_sinusoidal_positions():
-    table = baselines.sinusoidal_positions(10, 6)
-    for t, i in np.ndindex(10, 3):
-        angle = t / 10_000 ** (2 * i / 6)
-        np.testing.assert_allclose(table[t, 2 * i : 2 * i + 2], [np.sin(angle), np.cos(angle)], atol=1e-12)
-    assert baselines.sinusoidal_positions(4, 5).shape == (4, 5)
 
 
 @pytest.mark.parametrize("attention", ["flash", "flow", "probsparse", "lsh"])

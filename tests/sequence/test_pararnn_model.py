@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxpapers.components.polycom import MoEFeedForward, router_losses
 from jaxpapers.nn.stack import stack_layers
 from jaxpapers.sequence import pararnn
 from jaxpapers.sequence.pararnn import Solver
@@ -265,6 +266,26 @@ def test_diagnostics_tell_when_newton_has_not_converged():
     assert pararnn.newton_residual(residuals(1, "linear")) == 0
 
 
+@pytest.mark.parametrize(("num_layers", "scan"), [(1, False), (2, True)])
+def test_experts_take_the_swiglus_place(num_layers, scan):
+    experts = partial(MoEFeedForward, hidden=12, num_experts=4, top_k=2, block=4)
+    model = language_model("gru", num_layers=num_layers, feed_forward=experts, scan=scan)
+    drawn = jax.eval_shape(model.init, jax.random.key(0), TOKENS)
+    assert set(drawn) == {"params"}
+    rng = np.random.default_rng(1)
+    params = jax.tree.map(lambda leaf: jnp.asarray(rng.uniform(-0.4, 0.4, leaf.shape), leaf.dtype), drawn["params"])
+    logits, sown = jax.jit(partial(model.apply, mutable="diagnostics"))({"params": params}, TOKENS)
+    assert jnp.isfinite(logits).all()
+    sown = sown["diagnostics"]
+    (layers,) = sown["blocks"].values()  # in one row, or only one
+    cells, balance = layers["mixer"]["cell"]["residual"], layers["mlp"]["load_balance"]
+    assert cells.size == balance.size == num_layers
+    assert pararnn.newton_residual(sown) == cells.max()
+    assert pararnn.newton_residual(sown) < 1e-5  # a router's figures are of the order of 1
+    np.testing.assert_allclose(router_losses(sown).load_balance, balance.mean(), rtol=1e-6)
+    assert (balance > 0.9).all()
+
+
 def test_projection_clips_recurrent_weights_alone():
     for mixer, bounded in (("gru", {"A"}), ("lstm", {"A", "C"}), ("mamba2", set())):
         model = language_model(mixer, scan=True)
@@ -287,6 +308,9 @@ def test_weight_decay_is_for_matrices():
         mask = pararnn.weight_decay_mask(shapes(language_model(mixer)))
         for path, decays in jax.tree.leaves_with_path(mask):
             assert decays == (path[-1].key in ("kernel", "embedding", "B")), path
+    experts = partial(MoEFeedForward, hidden=12, num_experts=4, top_k=2)
+    mask = pararnn.weight_decay_mask(shapes(language_model("gru", feed_forward=experts)))["blocks"]["layers_0"]["mlp"]
+    assert mask == {"router": {"kernel": True}, "up": True, "down": True, "activation": {"coeffs": False}}
 
 
 def test_gradients_of_a_model_do_not_depend_on_the_method():

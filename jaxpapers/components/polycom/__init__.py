@@ -16,7 +16,8 @@ Where to read what:
 - `feed_forward`: the block with every activation, equal parameters, the authors' weights
 - `moe`: experts with one shared PolyNorm, router losses, the block-sparse layout; routing itself is `nn.moe`
 - `model`: the dense language model and the one with experts, their sizes and initialisation
-- `theory`: exact squares and products, local Taylor networks, ReLU's sawtooth (Sec. 3); effective rank
+- `theory`: exact squares and products, local Taylor networks, ReLU's sawtooth (Sec. 3); how similar layers are
+- `jaxpapers.ops.similarity`: `effective_rank`, of the paper's analysis
 
     model = ParaRNNLM(..., feed_forward=partial(FeedForward, activation="polynorm", hidden=4 * width))
     model = language_model(SIZES["1B"], "polynorm", dtype=jnp.bfloat16, scan=True, remat=True)
@@ -65,7 +66,6 @@ from jaxpapers.components.polycom.moe import (
     rows_from_blocks,
 )
 from jaxpapers.components.polycom.theory import (
-    effective_rank,
     exact_power,
     exact_product,
     exact_square,
@@ -73,6 +73,7 @@ from jaxpapers.components.polycom.theory import (
     local_taylor_network,
     sawtooth_square,
 )
+from jaxpapers.ops.similarity import effective_rank
 
 __all__ = [
     "ACTIVATIONS",

@@ -89,7 +89,8 @@ class FeedForward(nn.Module):
         out_init: of down; None: as `kernel_init`.
         dtype: of the computation; None: that of inputs and parameters.
         axis_name: inside `jax.shard_map`, the mesh axis over which the units are split; `hidden` is then the number of
-            this device's. Norms are those of all units, and so is the sum that comes out.
+            this device's. Norms are those of all units, and so is the sum that comes out. `init` there with one key
+            draws the same numbers on every device: fold the axis index into the key.
     """
 
     hidden: int

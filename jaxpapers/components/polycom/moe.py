@@ -76,12 +76,13 @@ class MoEFeedForward(nn.Module):
         exact = jnp.promote_types(x.dtype, jnp.float32)
         router = nn.Dense(self.num_experts, use_bias=False, kernel_init=kernel_init, dtype=exact, name="router")
         routing = route(router(x.astype(exact)), self.top_k, mask)
-        for name, value in (
-            ("load_balance", routing.load_balance),
-            ("router_z", routing.z_loss),
-            ("load", routing.load),
-        ):
-            self.sow("diagnostics", name, value, reduce_fn=lambda _, new: new, init_fn=lambda: jnp.zeros(()))
+        if not self.is_initializing():
+            for name, value in (
+                ("load_balance", routing.load_balance),
+                ("router_z", routing.z_loss),
+                ("load", routing.load),
+            ):
+                self.sow("diagnostics", name, value, reduce_fn=lambda _, new: new, init_fn=lambda: jnp.zeros(()))
         matrices = {
             name: self.param(name, init, (self.num_experts, *shape)).astype(self.dtype or x.dtype)
             for name, shape, init in (

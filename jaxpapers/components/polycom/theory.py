@@ -102,13 +102,6 @@ def sawtooth_square(x: Float[AnyArray, "*shape"], levels: int) -> Float[Array, "
     return square
 
 
-def effective_rank(W: Float[AnyArray, "rows columns"]) -> Float[Array, ""]:
-    """exp(entropy of the normalised singular values), from 1 to min(rows, columns) (the paper's analysis)."""
-    singular = jnp.linalg.svd(jnp.asarray(W), compute_uv=False)
-    p = singular / jnp.sum(singular)
-    return jnp.exp(-jnp.sum(jnp.where(p > 0, p * jnp.log(jnp.where(p > 0, p, 1)), 0)))
-
-
 def layer_similarity(states: Float[AnyArray, "layers *batch width"]) -> Float[Array, "layers layers"]:
     """Cosine similarity of every token's states after two layers, mean over tokens (the paper's analysis)."""
     states = jnp.asarray(states)

@@ -13,7 +13,8 @@ short-lists by a small prefix and re-ranks by a large one.
 - `prefixes`: lists of sizes, truncation, interpolation between sizes
 - `heads`: MRL, MRL-E and FF-k heads, the losses (classification, contrastive, masked language), the authors' weights
 - `adaptive`: adaptive classification, its thresholds, oracle
-- `retrieval`: exact search (also over a mesh), re-ranking, funnel, measures, cost; nearest class mean
+- `retrieval`: re-ranking, funnel, cost
+- `jaxpapers.ops.search`: exact search (also over a mesh), its measures; nearest class mean
 - `baselines`: SVD, Johnson-Lindenstrauss, random features with a linear probe, slimmable networks
 
     head = NestedHead(num_classes, nesting=(8, 16, 32, 64))
@@ -22,6 +23,14 @@ short-lists by a small prefix and re-ranks by a large one.
     found = rerank(listed, queries, database, 64)
 """
 
+from jaxpapers.nn.losses import cross_entropy
+from jaxpapers.ops.search import (
+    RetrievalMetrics,
+    exact_search,
+    nearest_class_mean,
+    retrieval_metrics,
+    sharded_search,
+)
 from jaxpapers.representation.matryoshka.adaptive import (
     CascadeResult,
     HeadAnswers,
@@ -48,7 +57,6 @@ from jaxpapers.representation.matryoshka.baselines import (
 from jaxpapers.representation.matryoshka.heads import (
     FixedFeatureHead,
     NestedHead,
-    cross_entropy,
     head_parameters,
     margin_score,
     nested_contrastive,
@@ -67,18 +75,7 @@ from jaxpapers.representation.matryoshka.prefixes import (
     truncate,
     uniform_sizes,
 )
-from jaxpapers.representation.matryoshka.retrieval import (
-    RetrievalMetrics,
-    check_funnel,
-    exact_search,
-    funnel,
-    funnel_mflops,
-    nearest_class_mean,
-    rerank,
-    retrieval_metrics,
-    search_mflops,
-    sharded_search,
-)
+from jaxpapers.representation.matryoshka.retrieval import check_funnel, funnel, funnel_mflops, rerank, search_mflops
 
 __all__ = [
     "CascadeResult",

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxpapers.representation.matryoshka.prefixes import check_labels, check_nesting
+from jaxpapers.ops.checks import check_labels
+from jaxpapers.representation.matryoshka.prefixes import check_nesting
 from jaxpapers.typing import AnyArray
 
 

@@ -13,9 +13,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from jaxpapers.nn.initializers import torch_default_bias_init, torch_default_kernel_init
+from jaxpapers.nn.losses import cross_entropy
 from jaxpapers.nn.resnet import batch_norm, part_of
-from jaxpapers.representation.matryoshka.heads import cross_entropy
-from jaxpapers.representation.matryoshka.prefixes import check_labels, check_size
+from jaxpapers.ops.checks import check_labels, check_size
 from jaxpapers.typing import AnyArray
 
 

@@ -13,13 +13,10 @@ from jaxtyping import Array, Float, Int
 
 from jaxpapers.nn.initializers import torch_default_bias_init, torch_default_kernel_init, torch_dense
 from jaxpapers.nn.language import language_loss
-from jaxpapers.representation.matryoshka.prefixes import (
-    AnyArray,
-    check_labels,
-    check_nesting,
-    check_size,
-    truncate,
-)
+from jaxpapers.nn.losses import cross_entropy, info_nce
+from jaxpapers.ops.checks import check_labels, check_size
+from jaxpapers.representation.matryoshka.prefixes import check_nesting
+from jaxpapers.typing import AnyArray
 
 
 def prefix_logits(
@@ -173,23 +170,6 @@ def check_importance(
     return weights
 
 
-def cross_entropy(
-    logits: Float[AnyArray, "*batch classes"], labels: Int[AnyArray, "*batch"], label_smoothing: float = 0.0
-) -> Float[Array, "*batch"]:
-    """-sum of target log p, target (1 - s) one-hot + s / L (PyTorch's label smoothing), in float32 at least.
-
-    Raises:
-        ValueError: labels out of range; smoothing outside of [0, 1].
-    """
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
-    check_labels(labels, logits.shape[-1])
-    exact = jnp.asarray(logits, jnp.promote_types(logits.dtype, jnp.float32))
-    log_p = jax.nn.log_softmax(exact, axis=-1)
-    chosen = jnp.take_along_axis(log_p, jnp.asarray(labels)[..., None], axis=-1)[..., 0]
-    return -(1 - label_smoothing) * chosen - label_smoothing * jnp.mean(log_p, axis=-1)
-
-
 def nested_cross_entropy(
     logits: Float[AnyArray, "sizes batch classes"],
     labels: Int[AnyArray, "batch"],
@@ -202,7 +182,7 @@ def nested_cross_entropy(
         logits: of every head.
         labels: of the batch.
         importance: c_m; None: all 1.
-        label_smoothing: see `cross_entropy`.
+        label_smoothing: see `nn.losses.cross_entropy`.
 
     Raises:
         ValueError: an importance of another length or below 0; labels out of range; smoothing outside of [0, 1].
@@ -222,8 +202,8 @@ def nested_contrastive(
 ) -> Float[Array, ""]:
     """Sum over m of c_m times the symmetric InfoNCE of the pairs (u_i, v_i), each prefix normalised by itself (Sec. 3).
 
-    Symmetric: the mean of both directions. The other rows of the batch are the negatives. The similarities of a size,
-    batch x batch, are dropped and computed again in the backward pass.
+    See `nn.losses.info_nce`. The similarities of a size, batch x batch, are dropped and computed again in the backward
+    pass.
 
     Args:
         u: embeddings of one side (images, say).
@@ -239,15 +219,10 @@ def nested_contrastive(
     """
     sizes = check_nesting(nesting, u.shape[-1])
     weights = check_importance(importance, len(sizes))
-    if not isinstance(temperature, jax.core.Tracer) and not temperature > 0:
-        raise ValueError(f"temperature must be above 0, got {temperature}")
-    pairs = jnp.arange(u.shape[0])
 
     @partial(jax.checkpoint, static_argnums=2)
     def loss_at(u: Array, v: Array, m: int) -> Array:
-        products = jnp.matmul(truncate(u, m, normalize), truncate(v, m, normalize).T, precision="highest")
-        scores = products / temperature
-        return jnp.mean(cross_entropy(scores, pairs) + cross_entropy(scores.T, pairs)) / 2
+        return info_nce(u[:, :m], v[:, :m], temperature, normalize)
 
     losses = jnp.stack([loss_at(jnp.asarray(u), jnp.asarray(v), m) for m in sizes])
     return jnp.dot(weights.astype(losses.dtype), losses)

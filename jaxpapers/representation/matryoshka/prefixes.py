@@ -6,12 +6,11 @@ from itertools import pairwise
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jaxtyping import Array, Float, Int
 
+from jaxpapers.ops.checks import check_size
+from jaxpapers.ops.similarity import unit
 from jaxpapers.typing import AnyArray
-
-EPSILON = 1e-12  # smallest norm that is divided by
 
 
 def check_nesting(nesting: Sequence[int], width: int) -> tuple[int, ...]:
@@ -97,13 +96,7 @@ def truncate(z: Float[AnyArray, "*batch dim"], m: int, normalize: bool = True) -
     """
     check_size(m, z.shape[-1])
     prefix = jnp.asarray(z)[..., :m]
-    return prefix * inverse_norm(prefix)[..., None].astype(prefix.dtype) if normalize else prefix
-
-
-def inverse_norm(z: Float[AnyArray, "*batch dim"]) -> Float[Array, "*batch"]:
-    """1 / |z| in float32 at least, at most 1e12: finite for a zero vector, and so is its gradient."""
-    exact = jnp.asarray(z, jnp.promote_types(z.dtype, jnp.float32))
-    return lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(exact), axis=-1), EPSILON**2))
+    return unit(prefix) if normalize else prefix
 
 
 def keep_first(z: Float[AnyArray, "*batch dim"], m: int | Int[AnyArray, ""]) -> Float[Array, "*batch dim"]:
@@ -115,28 +108,3 @@ def keep_first(z: Float[AnyArray, "*batch dim"], m: int | Int[AnyArray, ""]) -> 
     if not isinstance(m, jax.core.Tracer):
         check_size(int(m), z.shape[-1])
     return jnp.where(jnp.arange(z.shape[-1]) < m, z, jnp.zeros((), z.dtype))
-
-
-def check_size(m: int, width: int) -> int:
-    """m, a size of a prefix.
-
-    Raises:
-        ValueError: outside of 1..width.
-    """
-    if not 1 <= m <= width:
-        raise ValueError(f"a prefix of an embedding of width {width} has 1 to {width} coordinates, not {m}")
-    return m
-
-
-def check_labels(labels: Int[AnyArray, "*batch"], num_classes: int) -> None:
-    """Refuses labels outside of 0..num_classes - 1, where they are no traced values.
-
-    Raises:
-        ValueError: the first such label.
-    """
-    if isinstance(labels, jax.core.Tracer):
-        return
-    values = np.asarray(labels)
-    strange = values[(values < 0) | (values >= num_classes)]
-    if strange.size:
-        raise ValueError(f"labels must be in 0..{num_classes - 1}, got {strange[0]}")

@@ -13,9 +13,10 @@ Symbols: x (B, T, N) window, y (B, S, N) forecast, M calendar covariates ("marks
 Where to read what:
 
 - `model`: instance normalisation, the block and its ablations (Table 3), `ITransformer` (Sec. 3), what it attends to
-  and how its representations change (Sec. 4.3), random subsets of variates, the authors' checkpoints
+  and its representations (Sec. 4.3), random subsets of variates, the authors' checkpoints
 - `baselines`: the Transformer of time tokens with each of the attentions (Table 2), DLinear, RLinear, PatchTST
 - `jaxpapers.nn.attention`: full, flash, flow, ProbSparse and LSH attention
+- `jaxpapers.ops.similarity`: how much representations change from block to block, `linear_cka` (Sec. 4.3)
 
     model = ITransformer(pred_len=96, d_model=256, d_ff=256)
     params = model.init(key, x, marks)["params"]
@@ -26,6 +27,7 @@ All models have this call. `PatchTST`, and `VanillaTransformer` with `distil`, c
 `params` and `batch_stats`, and in training `apply` needs `mutable="batch_stats"`.
 """
 
+from jaxpapers.ops.similarity import linear_cka
 from jaxpapers.sequence.itransformer.baselines import DLinear, PatchTST, RLinear, VanillaTransformer, moving_average
 from jaxpapers.sequence.itransformer.model import (
     ATTENTIONS,
@@ -38,7 +40,6 @@ from jaxpapers.sequence.itransformer.model import (
     analyse,
     instance_denorm,
     instance_norm,
-    linear_cka,
     params_from_torch,
     random_variate_subset,
 )

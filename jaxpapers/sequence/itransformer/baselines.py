@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxpapers.nn.attention import AttentionFunction, full_attention, probsparse_attention
 from jaxpapers.nn.dropout import Dropout
-from jaxpapers.nn.encoder import LAYER_NORM_EPSILON, EncoderMLP, MultiHeadAttention, gelu
+from jaxpapers.nn.encoder import LAYER_NORM_EPSILON, DecoderBlock, gelu, sinusoidal_positions
 from jaxpapers.nn.initializers import torch_default_bias_init, torch_default_kernel_init, torch_dense
 from jaxpapers.nn.norms import torch_batch_norm
 from jaxpapers.sequence.itransformer.model import (
@@ -71,12 +71,6 @@ class TimeEmbedding(nn.Module):
             dense = torch_dense(self.width, marks.shape[-1], use_bias=False, dtype=self.dtype, name="marks")
             h = h + dense(jnp.asarray(marks))
         return Dropout(self.dropout_rate, deterministic)(h)
-
-
-def sinusoidal_positions(steps: int, width: int) -> Float[np.ndarray, "steps width"]:
-    """Sine and cosine of position / 10000^(2 i / width) in channels 2 i and 2 i + 1 (arXiv 1706.03762, Sec. 3.5)."""
-    angles = np.arange(steps)[:, None] * 10_000.0 ** (-np.arange(0, width, 2) / width)
-    return np.stack([np.sin(angles), np.cos(angles)], axis=-1).reshape(steps, -1)[:, :width]
 
 
 class Distil(nn.Module):
@@ -152,7 +146,7 @@ class TimeEncoder(nn.Module):
 class TimeDecoder(nn.Module):
     """Decoder on time tokens: embedding, causal and cross-attention, LayerNorm, a map to the variates.
 
-    Attributes as of `VanillaTransformer` and `DecoderBlock`.
+    Attributes as of `VanillaTransformer`, and the factor of ProbSparse attention, for both kinds; None: full attention.
     """
 
     d_model: int
@@ -180,13 +174,16 @@ class TimeDecoder(nn.Module):
             memory: the encoder's tokens.
             deterministic: False: with dropout.
         """
+        attention: AttentionFunction = partial(full_attention, dropout_rate=self.dropout_rate)
+        if self.probsparse_factor is not None:
+            attention = partial(probsparse_attention, factor=self.probsparse_factor)
         h = TimeEmbedding(self.d_model, self.dropout_rate, self.dtype, name="embedding")(x, marks, deterministic)
         for layer in range(self.num_layers):
             block = DecoderBlock(
                 self.num_heads,
                 self.d_ff,
-                self.probsparse_factor,
                 self.activation,
+                attention,
                 self.dropout_rate,
                 self.dtype,
                 name=f"layers_{layer}",
@@ -194,54 +191,6 @@ class TimeDecoder(nn.Module):
             h = block(h, memory, deterministic)
         h = nn.LayerNorm(LAYER_NORM_EPSILON, dtype=self.dtype, name="norm")(h)
         return torch_dense(x.shape[-1], self.d_model, dtype=self.dtype, name="projection")(h)
-
-
-class DecoderBlock(nn.Module):
-    """Causal self-attention, attention to a memory, feed-forward layer: x <- LayerNorm(x + drop(branch(x))) each.
-
-    Attributes:
-        num_heads: of both attentions.
-        hidden: units of the feed-forward layer.
-        probsparse_factor: of ProbSparse attention in both places; None: full attention.
-        activation: of the feed-forward layer.
-        dropout_rate: of the branches, inside the feed-forward layer, and of the weights of full attention.
-        dtype: of the computation; None: that of inputs and parameters.
-    """
-
-    num_heads: int
-    hidden: int
-    probsparse_factor: int | None = None
-    activation: Callable[[Array], Array] = gelu
-    dropout_rate: float = 0.0
-    dtype: DTypeLike | None = None
-
-    @nn.compact
-    def __call__(
-        self,
-        x: Float[Array, "batch tokens width"],
-        memory: Float[Array, "batch others width"],
-        deterministic: bool = True,
-    ) -> Float[Array, "batch tokens width"]:
-        """Applies the block."""
-        full = partial(full_attention, dropout_rate=self.dropout_rate)
-        functions: tuple[AttentionFunction, ...] = (partial(full, mask=np.tri(x.shape[1], dtype=bool)), full)
-        if self.probsparse_factor is not None:
-            sparse = partial(probsparse_attention, factor=self.probsparse_factor)
-            functions = partial(sparse, causal=True), sparse
-        own, cross = (
-            MultiHeadAttention(self.num_heads, function, dtype=self.dtype, name=f"{name}_attention")
-            for name, function in zip(("self", "cross"), functions, strict=True)
-        )
-        mlp = EncoderMLP(self.hidden, self.activation, self.dropout_rate, self.dtype, name="mlp")
-        branches = (
-            ("self_norm", lambda x: own(x, deterministic=deterministic)),
-            ("cross_norm", lambda x: cross(x, memory, deterministic=deterministic)),
-            ("mlp_norm", lambda x: mlp(x, deterministic)),
-        )
-        for name, branch in branches:
-            x = x + Dropout(self.dropout_rate, deterministic)(branch(x))
-            x = nn.LayerNorm(LAYER_NORM_EPSILON, dtype=self.dtype, name=name)(x)
-        return x
 
 
 class VanillaTransformer(nn.Module):

@@ -360,30 +360,6 @@ def analyse(
     return Analysis(forecast, jnp.stack(maps), jnp.stack(encoder["features"]))
 
 
-def linear_cka(a: Float[AnyArray, "samples p"], b: Float[AnyArray, "others q"]) -> Float[Array, ""]:
-    """Similarity |a' b|^2 / (|a' a| |b' b|) of two representations, columns centred, Frobenius norms (Sec. 4.3).
-
-    Between 0 and 1, blind to rotations and to one scale of each (Kornblith et al., arXiv 1905.00414). NaN where
-    a representation is constant.
-
-    Args:
-        a: features of the samples, here of tokens.
-        b: other features of the same samples.
-
-    Raises:
-        ValueError: fewer than two samples, or another number in b.
-    """
-    if a.shape[0] != b.shape[0] or a.shape[0] < 2:
-        raise ValueError(f"needs the same samples, at least 2, in a and b, got {a.shape[0]} and {b.shape[0]}")
-    a, b = (jnp.asarray(each, jnp.promote_types(each.dtype, jnp.float32)) for each in (a, b))
-    a, b = (each - jnp.mean(each, axis=0) for each in (a, b))
-    # A scale of 1: fourth powers leave the range of float32 soon.
-    a, b = (each / jnp.linalg.norm(each) for each in (a, b))
-    with jax.default_matmul_precision("highest"):
-        cross, own, other = (jnp.linalg.norm(u.T @ v) for u, v in ((a, b), (a, a), (b, b)))
-    return jnp.square(cross) / (own * other)
-
-
 def random_variate_subset(key: PRNGKeyArray, n: int, m: int) -> Int[Array, "subset"]:
     """Indices of m of the n variates, without replacement, in random order: the variates of one batch (Sec. 4.3).
 

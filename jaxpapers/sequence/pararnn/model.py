@@ -27,7 +27,7 @@ from jaxpapers.typing import AnyArray
 VOCABULARY = 50_432  # the GPT-NeoX tokenizer's, padded
 MIXERS = (*CELLS, "mamba2", "attention")
 RECURRENT = ("A", "C")  # the leaves whose size is bounded
-DECAYED = ("kernel", "embedding", "B")  # the leaves with weight decay: matrices
+DECAYED = ("kernel", "embedding", "B", "up", "gate", "down")  # the leaves with weight decay: matrices, experts' too
 
 
 def make_mixer(
@@ -105,7 +105,8 @@ class ParaRNNBlock(nn.Module):
 class ParaRNNLM(nn.Module):
     """Language model: embedding, blocks, RMSNorm, untied linear head (App. C.1).
 
-    The mixers' Newton residuals are in the collection `diagnostics` where it is mutable (see `newton_residual`).
+    The mixers' Newton residuals are in the collection `diagnostics` where it is mutable (see `newton_residual`), beside
+    what the feed-forward layers sow there.
 
     Attributes:
         width: of the residual stream.
@@ -116,7 +117,7 @@ class ParaRNNLM(nn.Module):
         skip: "inner" or "outer" (see `ParaRNNMixer`).
         mixer_options: further arguments of the mixers' class, such as `{"solver": Solver(...)}`.
         feed_forward: makes the layer in the SwiGLU's place, from `dtype` and `name`, such as
-            `partial(FeedForward, activation="polynorm")`; Mamba2 has none.
+            `partial(FeedForward, activation="polynorm")`, or experts; Mamba2 has none.
         dtype: of the computation, such as bfloat16; None: that of the parameters. Logits are float32 at least.
         remat: compute activations again in the backward pass (see `Stack`).
         scan: one program for all layers (see `Stack`).
@@ -290,14 +291,15 @@ def newton_residual(diagnostics: PyTree[Float[AnyArray, "..."]]) -> Float[Array,
     """The largest Newton residual of all layers; above 1e-3 the model trained is not the RNN any more.
 
     Args:
-        diagnostics: the collection of that name; empty for models without cells.
+        diagnostics: the collection of that name; what other layers sow there, such as routers, does not count. Without
+            cells the residual is 0.
 
     Use:
         logits, sown = model.apply({"params": params}, tokens, mutable="diagnostics")
         residual = newton_residual(sown.get("diagnostics", {}))
     """
-    leaves = [jnp.max(leaf) for leaf in jax.tree.leaves(diagnostics)]
-    return jnp.max(jnp.stack(leaves)) if leaves else jnp.zeros(())
+    found = [jnp.max(leaf) for path, leaf in jax.tree.leaves_with_path(diagnostics) if _leaf_name(path) == "residual"]
+    return jnp.max(jnp.stack(found)) if found else jnp.zeros(())
 
 
 def project_recurrent(params: PyTree[Float[AnyArray, "..."]], max_norm: float | int) -> PyTree[Float[Array, "..."]]:
