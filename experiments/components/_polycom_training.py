@@ -47,6 +47,7 @@ from jaxpapers.train import (
     make_optimizer,
     make_schedule,
     make_train_step,
+    member_keys,
     read_metrics,
     state_shardings,
     to_host,
@@ -206,8 +207,7 @@ def set_up_population(
     model = model_of(name, size, config)
     loss = loss_of(model, config)
     seeds = jax.random.split(jax.random.key(config.seed), config.num_seeds)[np.array([row.seed for row in rows])]
-    init_keys, data_keys, keys = jnp.moveaxis(jax.vmap(lambda seed: jax.random.split(seed, 3))(seeds), 1, 0)
-    train = jnp.asarray(train)
+    init_keys, data_keys, keys = member_keys(seeds, 3)
 
     def init(key: Array) -> Any:
         return model.init(key, jnp.zeros((1, recipe.length), jnp.int32))["params"]
@@ -219,9 +219,9 @@ def set_up_population(
     def train_step(state: TrainState, tokens: Array, key: Array) -> tuple:
         return make_train_step(loss_fn, optimizer_of(size, state.extra["rate"], config))(state, tokens, key)
 
-    def batch(step: Array) -> Array:
+    def batch_at(step: Array, text: Array) -> Array:
         def draw(key: Array) -> Array:
-            return sample_text_windows(jax.random.fold_in(key, step), train, recipe.batch_size, recipe.length + 1)
+            return sample_text_windows(jax.random.fold_in(key, step), text, recipe.batch_size, recipe.length + 1)
 
         return jax.vmap(draw)(data_keys)
 
@@ -238,7 +238,7 @@ def set_up_population(
             jit,
         ),
         vmap_step(train_step),
-        OnDevice(batch),
+        OnDevice(batch_at, train),
         keys,
         jax.jit(jax.vmap(evaluate, (0, None))),
     )

@@ -39,6 +39,7 @@ from jaxpapers.train import (
     make_optimizer,
     make_schedule,
     make_train_step,
+    member_keys,
     to_host,
     vmap_step,
 )
@@ -213,8 +214,8 @@ def set_up(
     pilots = pilots_of(config)
     ls = jax.ShapeDtypeStruct((1, len(pilots.rows), len(pilots.columns)), jnp.complex64)
     probe = (ls, jax.ShapeDtypeStruct((1, 3), jnp.float32))
-    seeds = jax.random.split(jax.random.key(config.seed), config.num_seeds)
-    init_keys, data_keys, keys = jnp.moveaxis(jax.vmap(lambda key: jax.random.split(key, 3))(seeds), 1, 0)
+    seeds = jax.random.split(jax.random.key(config.seed), config.num_seeds[stage])
+    init_keys, data_keys, keys = member_keys(seeds, 3)
 
     def init(key: Array) -> Any:
         return model.lazy_init(key, *probe)["params"]
@@ -227,12 +228,12 @@ def set_up(
 
     step = make_train_step(loss_fn, optimizer)
 
-    def batch(key: Array, at: Array) -> tdl.Batch:
+    def batch(key: Array, at: Array, bank: tdl.ChannelBank) -> tdl.Batch:
         return draw_slots(key, at, stage, bank, config)
 
     if seed is None:
         state = create_population(init, optimizer, init_keys, jit=jit)
-        together = OnDevice(lambda at: jax.vmap(batch, (0, None), 1)(data_keys, at))
+        together = OnDevice(lambda at, bank: jax.vmap(batch, (0, None, None), 1)(data_keys, at, bank), bank)
         population = vmap_step(step)
 
         def population_step(state: TrainState, batch: tdl.Batch, keys: Array) -> tuple[TrainState, Any]:
@@ -240,7 +241,7 @@ def set_up(
 
         return Setup(model, state, population_step, together, keys)
     state = jit(lambda key: create_state(init(key), optimizer))(init_keys[seed])
-    return Setup(model, state, step, OnDevice(partial(batch, data_keys[seed])), keys[seed])
+    return Setup(model, state, step, OnDevice(partial(batch, data_keys[seed]), bank), keys[seed])
 
 
 def validation_program(
@@ -248,7 +249,7 @@ def validation_program(
 ) -> Callable[[Any], Array]:
     """Jitted `params -> E|h - h^|^2` on slots of their own, the same at every call."""
     recipe = config.training
-    key = jax.random.fold_in(jax.random.key(config.seed), config.num_seeds)
+    key = jax.random.fold_in(jax.random.key(config.seed), config.num_seeds[stage])
     chunks = jax.random.split(key, (recipe.validation_slots // recipe.validation_chunk, recipe.validation_chunk))
 
     def error(params: Any, keys: Array) -> Array:
@@ -282,7 +283,7 @@ def train(
         fitted = run.fit(title, *parts, updates, key=setup.keys, **every)
         return setup.model, to_host(fitted.state.params)
     found = []
-    for seed in range(config.num_seeds):
+    for seed in range(config.num_seeds[stage]):
         setup = set_up(stage, name, seed, bank, config)
         validate = validation_program(stage, setup.model, bank, config, run.mesh)
         best = run.fit(

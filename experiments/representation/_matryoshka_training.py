@@ -9,7 +9,6 @@ changed in the same way, in the same order.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -50,6 +49,7 @@ from jaxpapers.train import (
     make_optimizer,
     make_train_step,
     member,
+    member_keys,
     place_batch,
     to_host,
     vmap_step,
@@ -306,35 +306,19 @@ class Trained(NamedTuple):
     extra: Any
 
 
-class Extra(NamedTuple):
-    """What the state of a population holds beside parameters and optimizer.
-
-    Attributes:
-      models: of `extra_of`, a row a model.
-      images: of the training, which all models share.
-      labels: theirs.
-    """
-
-    models: Any
-    images: Array
-    labels: Array
-
-
 class Population(NamedTuple):
     """What trains the models of a family together.
 
     Attributes:
       rows: which model is which; the last one is repeated until the devices of a mesh can share them evenly.
-      state: before the first update; its `extra` is an `Extra`.
-      draw: `(images, labels, numbers, step) -> batch`, images changed at random and labels, one row a model.
-      train_step: of the population, on numbers of images (seeds, batch).
-      batches: these numbers.
+      state: before the first update; its `extra` is that of `extra_of`.
+      train_step: of the population.
+      batches: images, changed at random, and labels, one row a model.
       keys: one a model.
     """
 
     rows: list[Row]
     state: TrainState
-    draw: Callable[[Array, Array, Array, Any], dict[str, Array]]
     train_step: TrainStep
     batches: OnDevice
     keys: Array
@@ -356,7 +340,7 @@ def set_up_population(
     rows += rows[-1:] * (-len(rows) % devices)
     optimizer, init = optimizer_of(family, recipe), initialiser(family, recipe)
     seeds = jax.random.split(jax.random.key(seed), recipe.num_seeds)
-    init_keys, data_keys, keys = jnp.moveaxis(jax.vmap(lambda key: jax.random.split(key, 3))(seeds), 1, 0)
+    init_keys, data_keys, keys = member_keys(seeds, 3)
     of_seed = np.array([row.seed for row in rows])
     sizes = np.array([row.size for row in rows])
     order = np.stack(
@@ -381,7 +365,9 @@ def set_up_population(
             params = {**params, "head": jax.tree.map(lambda leaf: scale * leaf, params["head"])}
         return params
 
-    def draw(images: Array, labels: Array, numbers: Array, step: Any) -> dict[str, Array]:
+    def batch_at(step: Array, data: tuple[Array, Array, Array]) -> dict[str, Array]:
+        order, images, labels = data
+        numbers = order[:, step]
         originals = pixels(images[numbers])
         step_keys = jax.vmap(lambda key: jax.random.fold_in(key, step))(data_keys)
 
@@ -394,26 +380,11 @@ def set_up_population(
             return {"image": view(step_keys), "other": view(others)}
         return {"image": view(step_keys), "label": labels[numbers][of_seed]}
 
-    update = vmap_step(make_train_step(loss_of(family, recipe), optimizer))
-
-    def train_step(state: TrainState, numbers: Array, keys: Array) -> tuple:
-        # The images are an argument of the program, in the state; in a closure they would be a constant of it.
-        models, *data = state.extra
-        batch = draw(*data, numbers, state.step)
-        if mesh is not None:
-            batch = jax.lax.with_sharding_constraint(batch, NamedSharding(mesh, PartitionSpec("data")))
-        state, metrics = update(state.replace(extra=models), batch, keys)
-        return state.replace(extra=Extra(state.extra, *data)), metrics
-
-    state = create_population(start, optimizer, jnp.arange(len(rows)), extra, jit)
-    # Arrays of their own: an update gives up those of its state.
-    data = jit(partial(jax.tree.map, jnp.copy))((images, labels))
     return Population(
         rows,
-        state.replace(extra=Extra(state.extra, *data)),
-        draw,
-        train_step,
-        OnDevice(lambda step: jnp.asarray(order)[:, step]),
+        create_population(start, optimizer, jnp.arange(len(rows)), extra, jit),
+        vmap_step(make_train_step(loss_of(family, recipe), optimizer)),
+        OnDevice(batch_at, (order, images, labels)),
         keys[of_seed],
     )
 
@@ -487,7 +458,7 @@ def train_family(
             log_every=10 * recipe.updates_per_call,
             rules=POPULATION_RULES if run.mesh else (),
         )
-        params, extra = to_host((fitted.state.params, fitted.state.extra.models))
+        params, extra = to_host((fitted.state.params, fitted.state.extra))
         for index, row in enumerate(rows):
             yield Trained(row, family, member(params, index), member(extra, index))
         return

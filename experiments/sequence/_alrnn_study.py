@@ -35,6 +35,7 @@ from jaxpapers.train import (
     make_schedule,
     make_train_step,
     member,
+    member_keys,
     read_metrics,
     to_host,
     vmap_step,
@@ -259,7 +260,7 @@ def set_up(
             loss += extra["lambda_lin"] * alrnn.slope_penalty(params, extra["num_pwl"])
         return loss, (extra, {"forcing_error": error})
 
-    def windows(key: Array, step: Array) -> Array:
+    def windows(key: Array, step: Array, series: Array) -> Array:
         return sample_windows(jax.random.fold_in(key, step), series, config.batch_size, recipe.window + 1)
 
     steps = min(config.free_run, len(series))
@@ -286,11 +287,11 @@ def set_up(
     )
     optimizer = make_optimizer(config.optimizer, schedule)
     seeds = jax.random.split(jax.random.key(config.seed + 1), config.num_seeds)[population.seed]
-    init_keys, window_keys, noise_keys = jnp.moveaxis(jax.vmap(lambda seed: jax.random.split(seed, 3))(seeds), 1, 0)
+    init_keys, window_keys, noise_keys = member_keys(seeds, 3)
     return Setup(
         state=create_population(init, optimizer, init_keys, extra, jit),
         train_step=vmap_step(make_train_step(loss_fn, optimizer)),
-        batches=OnDevice(lambda step: jax.vmap(windows, (0, None))(window_keys, step)),
+        batches=OnDevice(lambda step, data: jax.vmap(windows, (0, None, None))(window_keys, step, data), series),
         keys=noise_keys,
         free_runs=jax.jit(jax.vmap(free_run)),
         # The series is an argument: as a constant, XLA would fold its histogram while compiling, and complain.

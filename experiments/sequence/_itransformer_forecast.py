@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from experiments import figures
 from experiments.harness import use_figure_style
 from experiments.sequence._itransformer_training import Task, epoch_order, errors_of, forecast, halving, naive_errors
-from jaxpapers.data.forecasting import Table, Windows, count_windows, fit_scaler, read_csv, time_features
+from jaxpapers.data.forecasting import Batch, Table, Windows, count_windows, fit_scaler, read_csv, time_features
 from jaxpapers.sequence.itransformer import ITransformer
 from jaxpapers.train import (
     OnDevice,
@@ -138,23 +138,24 @@ def forecast_csv(
         known = None if marks is None else jnp.zeros((1, look_back, marks.shape[1]))
         return create_state(model.init(key, x, known)["params"], optimizer)
 
-    def loss_fn(params: Any, windows: Windows, index: Array, key: Array) -> tuple:
-        x, y, known = windows.gather(index)
+    def batch_at(step: Array, data: tuple[Array, Windows]) -> Batch:
+        order, windows = data
+        return windows.gather(order[step])
+
+    def loss_fn(params: Any, extra: None, batch: Batch, key: Array) -> tuple:
+        x, y, known = batch
         found, _ = forecast(model, {"params": params}, x, known, key)
-        return jnp.mean(jnp.square(found - y)), (windows, {})
+        return jnp.mean(jnp.square(found - y)), (extra, {})
 
     def evaluate(state: TrainState) -> dict[str, Any]:
         variables = jax.tree.map(lambda leaf: leaf[None], {"params": state.params})  # of one seed
         return {"mse": errors_of(model, variables, task, "validation", 128)[0, 0].mean()}
 
     init_key, train_key = jax.random.split(jax.random.key(seed))
-    # The series is an argument of the program, in the state; in a closure it would be a constant of it. Arrays of its
-    # own: an update gives up those of its state.
-    state = run_once(init, init_key).replace(extra=jax.tree.map(jnp.array, windows))
     fitted = fit(
-        state,
+        run_once(init, init_key),
         make_train_step(loss_fn, optimizer),
-        OnDevice(lambda step: jnp.asarray(order)[step]),
+        OnDevice(batch_at, (order, windows)),
         epochs * epoch,
         key=train_key,
         steps_per_call=epoch,
@@ -221,9 +222,7 @@ def draw(found: CsvForecast, shown: int = 8) -> Figure:
     names = found.table.names[:shown]
     steps = len(found.values)
     past = found.table.values[-3 * steps :]
-    figure, grid = figures.plt.subplots(
-        len(names), 1, figsize=(8.0, 1.0 + 1.5 * len(names)), squeeze=False, sharex=True, layout="constrained"
-    )
+    figure, grid = figures.grid(len(names), 1, (8.0, 1.0 + 1.5 * len(names)), sharex=True)
     if found.timestamps is None:
         before, after, label = np.arange(-len(past) + 1, 1), np.arange(1, steps + 1), "steps from the last row"
     else:

@@ -23,6 +23,7 @@ from experiments.sequence._itransformer_linear import Bounds, linear_bounds
 from jaxpapers.data.forecasting import (
     BENCHMARKS,
     PARTS,
+    Batch,
     Splits,
     Table,
     Windows,
@@ -51,6 +52,7 @@ from jaxpapers.train import (
     jit_once,
     make_optimizer,
     make_train_step,
+    member_keys,
     place,
     read_metrics,
     to_host,
@@ -298,18 +300,6 @@ def rows_of(windows: Windows) -> Rows:
     return Rows(windows.series, windows.marks)
 
 
-class Extra(NamedTuple):
-    """What the state of a stage holds beside parameters and optimizer.
-
-    Attributes:
-      statistics: of BatchNorm, a row a seed; None without.
-      rows: the series, shared by all seeds.
-    """
-
-    statistics: Any
-    rows: Rows
-
-
 class Setup(NamedTuple):
     """What trains the population of a stage.
 
@@ -317,8 +307,8 @@ class Setup(NamedTuple):
       model: the network.
       epoch: updates.
       state: before the first update, a row a seed. Its `params` are all the variables of the model.
-      train_step: of the population, on window numbers (batch, seeds).
-      batches: these numbers.
+      train_step: of the population.
+      batches: windows. The seeds are the second axis: the first, which `fit` splits over a mesh, is that of windows.
       keys: one a seed.
     """
 
@@ -349,9 +339,9 @@ def set_up(task: Task, stage: ConfigDict, config: ConfigDict, jit: Callable[...,
                 arguments.append(rows(stage.horizon, marks.shape[1]))
         return dict(model.lazy_init(key, *arguments))
 
-    def loss_fn(windows: Windows, variables: Any, statistics: Any, index: Array, key: Array) -> tuple:
+    def loss_fn(variables: Any, statistics: Any, batch: Batch, key: Array) -> tuple:
         dropout_key, subset_key = jax.random.split(key)
-        x, y, marks = windows.gather(index)
+        x, y, marks = batch
         x, y = x[..., :trained], y[..., :trained]
         if stage.subset:  # the same for the whole batch
             chosen = random_variate_subset(subset_key, trained, stage.subset)
@@ -360,35 +350,36 @@ def set_up(task: Task, stage: ConfigDict, config: ConfigDict, jit: Callable[...,
         return jnp.mean(jnp.square(found - y)), (statistics, {})
 
     seeds = [config.seed + seed for seed in range(stage.num_seeds)]
-    keys = jax.vmap(partial(jax.random.split, num=2))(jnp.stack([jax.random.key(seed) for seed in seeds]))
-    shapes = jax.eval_shape(init, keys[0, 0])
+    init_keys, keys = member_keys(jnp.stack([jax.random.key(seed) for seed in seeds]), 2)
+    shapes = jax.eval_shape(init, init_keys[0])
     normalised = "batch_stats" in shapes
     frozen = ("^batch_stats/",) if normalised else ()
     rate = halving(stage.rate, epoch) if stage.halving else stage.rate
     optimizer = make_optimizer(config.optimizer, rate, frozen=frozen)
+    one_step = vmap_step(make_train_step(loss_fn, optimizer))
 
-    def train_step(state: TrainState, index: Array, keys: Array) -> tuple:
-        # The rows are an argument of the program, in the state; in a closure they would be a constant of it.
-        statistics, rows = state.extra
-        windows = task.windows.replace(series=rows.series, marks=rows.marks)
-        one_step = vmap_step(make_train_step(partial(loss_fn, windows), optimizer))
-        state, metrics = one_step(state.replace(extra=statistics), index.T, keys)
+    def train_step(state: TrainState, batch: Batch, keys: Array) -> tuple:
+        state, metrics = one_step(state, jax.tree.map(lambda part: jnp.swapaxes(part, 0, 1), batch), keys)
         if normalised:  # among the parameters, so that the best ones come with their statistics
             state = state.replace(params={**state.params, "batch_stats": state.extra})
-        return state.replace(extra=Extra(state.extra, rows)), metrics
+        return state, metrics
+
+    def batch_at(step: Array, data: tuple[Array, Rows]) -> Batch:
+        order, rows = data
+        return jax.vmap(Windows(*rows, stage.look_back, stage.horizon).gather, 1, 1)(order[step])
 
     order = np.stack([epoch_order(len(train), stage.batch_size, stage.epochs, seed) for seed in seeds], axis=-1)
     order = train.start + train.step * order
-    state = create_population(init, optimizer, keys[:, 0], jit=jit)
+    state = create_population(init, optimizer, init_keys, jit=jit)
     # Arrays of their own: an update gives up those of its state.
     statistics = jit(partial(jax.tree.map, jnp.copy))(state.params["batch_stats"]) if normalised else None
     return Setup(
         model,
         epoch,
-        state.replace(extra=Extra(statistics, jit(partial(jax.tree.map, jnp.asarray))(rows_of(task.windows)))),
+        state.replace(extra=statistics),
         train_step,
-        OnDevice(lambda step: jnp.asarray(order)[step]),
-        keys[:, 1],
+        OnDevice(batch_at, (order, rows_of(task.windows))),
+        keys,
     )
 
 
@@ -432,7 +423,7 @@ def errors_of(
     program = errors_program(model, task.windows.look_back, trained, mesh)
     numbers = np.asarray(task.parts[part], np.int32)
     rows = rows_of(task.windows)
-    rows = jax.device_put(rows) if mesh is None else place(rows, whole(rows, mesh))
+    rows = jax.device_put(rows) if mesh is None else place(rows, NamedSharding(mesh, PartitionSpec()))
     total: Any = 0.0
     for start in range(0, len(numbers), chunk):
         index = numbers[start : start + chunk]
@@ -441,11 +432,6 @@ def errors_of(
         sums = program(variables, rows, np.resize(index, chunk), weights)
         total = total + np.asarray(to_host(sums), np.float64)
     return total / (len(numbers) * task.windows.horizon)
-
-
-def whole(tree: Any, mesh: Mesh) -> Any:
-    """The sharding of what lies whole on every device, for each leaf."""
-    return jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), tree)
 
 
 def given_up(scores: Sequence[np.ndarray], patience: int) -> np.ndarray:

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
 import numpy as np
 from flax import linen as nn
 from jax import Array, lax
@@ -359,14 +358,8 @@ def study_control(config: ConfigDict, run: Run) -> dict[str, Any]:
 
 def draw_portrait(latents: dict[str, np.ndarray], angle: np.ndarray, velocity: np.ndarray) -> Figure:
     """The first three principal components of a pendulum's latents, coloured by angle and by velocity (Fig. 6)."""
-    figure, grid = plt.subplots(
-        2,
-        len(latents),
-        figsize=(2.4 * len(latents), 4.8),
-        squeeze=False,
-        layout="constrained",
-        subplot_kw={"projection": "3d"},
-    )
+    size = (2.4 * len(latents), 4.8)
+    figure, grid = figures.grid(2, len(latents), size, subplot_kw={"projection": "3d"})
     for column, (variant, z) in zip(grid.T, latents.items(), strict=True):
         centred = z - z.mean(axis=0)
         components = centred @ np.linalg.svd(centred, full_matrices=False)[2][:3].T
@@ -388,10 +381,9 @@ def draw_control(metrics: Metrics, config: ConfigDict) -> Figure:
         variants: Sequence[str] = (*config.control.systems[name].variants, "random")
         for index, variant in enumerate(variants):
             for kind, shift, fill in (("noiseless", -0.12, "full"), ("noisy", 0.12, "none")):
-                values = np.atleast_1d(metrics[f"control/{name}/{variant}/{kind}"])
-                place = np.full(len(values), index + shift)
-                ax.plot(place, values, "o", color=figures.COLOURS[index], fillstyle=fill)
-        ax.set_xticks(range(len(variants)), [NAMES[v] for v in variants], rotation=60, ha="right", fontsize=8)
+                values = metrics[f"control/{name}/{variant}/{kind}"]
+                figures.dots(ax, index + shift, values, color=figures.COLOURS[index], fillstyle=fill)
+        figures.names_below(ax, [NAMES[variant] for variant in variants])
         ax.set(title=name, ylim=(-3, 103))
     axes[0].set(ylabel="steps in the goal region (%)")
     axes[0].plot([], [], "o", color=figures.GREY, label="noiseless")

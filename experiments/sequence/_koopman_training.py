@@ -43,6 +43,7 @@ from jaxpapers.train import (
     make_schedule,
     make_train_step,
     member,
+    member_keys,
     to_host,
     vmap_step,
 )
@@ -279,15 +280,15 @@ def population(
     recipe = config[name]
     optimizer = optimizer_of(recipe)
     seeds = jnp.tile(jax.random.split(jax.random.key(config.seed), recipe.num_seeds), variants)
-    init_keys, data_keys, keys = jnp.moveaxis(jax.vmap(lambda seed: jax.random.split(seed, 3))(seeds), 1, 0)
+    init_keys, data_keys, keys = member_keys(seeds, 3)
 
-    def windows(key: Array, step: Array) -> Array:
+    def windows(key: Array, step: Array, trajectories: Array) -> Array:
         return draw_windows(jax.random.fold_in(key, step), trajectories, recipe.batch_size, recipe.window)
 
     return Population(
         create_population(init, optimizer, init_keys, extra, jit),
         vmap_step(make_train_step(loss_fn, optimizer)),
-        OnDevice(lambda step: jax.vmap(windows, (0, None))(data_keys, step)),
+        OnDevice(lambda step, data: jax.vmap(windows, (0, None, None))(data_keys, step, data), trajectories),
         keys,
     )
 

@@ -45,6 +45,7 @@ from jaxpapers.train import (
     make_optimizer,
     make_schedule,
     make_train_step,
+    member_keys,
     state_shardings,
     to_host,
     vmap_step,
@@ -129,7 +130,7 @@ def set_up_task(name: str, mixer: str, config: ConfigDict, jit: Callable[..., Ca
     exact = one_by_one(model)
     optimizer = optimizer_of(config, recipe)
     seeds = jax.random.split(jax.random.key(config.seed), recipe.num_seeds)
-    init_keys, data_keys, keys = jnp.moveaxis(jax.vmap(lambda seed: jax.random.split(seed, 3))(seeds), 1, 0)
+    init_keys, data_keys, keys = member_keys(seeds, 3)
 
     def init(key: Array) -> Any:
         return model.init(key, jnp.zeros((1, recipe.length), jnp.int32))["params"]
@@ -320,14 +321,14 @@ def study_language(corpus: Corpus, config: ConfigDict, run: Run) -> dict[str, An
         def evaluate(state: TrainState, setup: LanguageSetup = setup) -> dict[str, Array]:
             return setup.evaluate(state.params, batches[0])
 
-        def batch(step: Array, batch_size: int = recipe.batch_size) -> Array:
-            return sample_text_windows(jax.random.fold_in(key, step), train, batch_size, size)
+        def batch_at(step: Array, text: Array, batch_size: int = recipe.batch_size) -> Array:
+            return sample_text_windows(jax.random.fold_in(key, step), text, batch_size, size)
 
         fitted = run.fit(
             f"lm_{mixer}",
             setup.state,
             setup.train_step,
-            OnDevice(batch),
+            OnDevice(batch_at, train),
             recipe.updates,
             key=jax.random.key(config.seed),
             steps_per_call=recipe.updates_per_call,

@@ -44,6 +44,7 @@ from jaxpapers.train.state import (
     eagerly,
     jit_once,
     member,
+    member_keys,
     run_once,
 )
 from jaxpapers.train.step import LossFn, TrainStep, make_train_step, scan_steps, vmap_step
@@ -80,6 +81,7 @@ __all__ = [
     "make_schedule",
     "make_train_step",
     "member",
+    "member_keys",
     "nbytes",
     "on_first",
     "param_specs",

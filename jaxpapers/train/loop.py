@@ -37,9 +37,16 @@ class Batches(Protocol):
 
 
 class OnDevice(NamedTuple):
-    """Batches that the device makes itself: `batch_at` is traced, with the step as an int32 scalar."""
+    """Batches that the device makes itself.
 
-    batch_at: Callable[[Array], PyTree]
+    Attributes:
+      batch_at: `step -> batch`, with data `(step, data) -> batch`; traced, with the step as an int32 scalar.
+      data: None, or a pytree of arrays that batches are taken from, such as a text. It is an argument of the program,
+        whole on every device of a mesh, and in no checkpoint. What `batch_at` closes over is compiled into the program.
+    """
+
+    batch_at: Callable[..., PyTree]
+    data: PyTree = None
 
 
 class Best(NamedTuple):
@@ -90,7 +97,7 @@ def fit(
       state: the state before the first update; of one model or of a population. Its buffers are donated: use
         the returned state after, not this one.
       train_step: `(state, batch, key) -> (state, metrics)`, see `make_train_step` and `vmap_step`.
-      batches: `batches[step]`, or `OnDevice(batch_at)`.
+      batches: `batches[step]`, or `OnDevice(batch_at, data)`; a resumed run takes the data that it is given.
       num_steps: updates in all, those before a resume included.
       key: the run's key, or keys of shape (models,) for a population.
       steps_per_call: updates in one compiled program (`lax.scan`); logged values are means over them.
@@ -133,7 +140,7 @@ def fit(
     shardings = None
     if mesh is not None:
         shardings = state_shardings(state, mesh, rules)
-        state, key = place((state, key), (shardings, NamedSharding(mesh, PartitionSpec())))
+        state, key = place((state, key), (shardings, _whole(mesh)))
     best = _no_best(state, key.shape, mesh) if minimize else None
     if checkpoints and (restored := checkpoints.restore((state, best))):
         _, (state, best) = restored
@@ -198,22 +205,29 @@ def update_program(
       shardings: what `state_shardings` returned; None for one device.
 
     Returns:
-      `(state, key) -> (state, metrics)` for `OnDevice` batches, `(state, batch, key) -> (state, metrics)` for others.
-      The state is donated.
+      `(state, key, data) -> (state, metrics)` for `OnDevice` batches, the data being theirs (left out where there are
+      none); `(state, batch, key) -> (state, metrics)` for others. The state is donated.
     """
     options: dict[str, Any] = {"donate_argnums": 0}
     if shardings is not None:
-        options["out_shardings"] = (shardings, NamedSharding(shardings.step.mesh, PartitionSpec()))
+        options["out_shardings"] = (shardings, _whole(shardings.step.mesh))
     if not isinstance(batches, OnDevice):
         return jax.jit(train_step, **options)
-    batch_at = batches.batch_at
-    if shardings is not None:
-        split = NamedSharding(shardings.step.mesh, PartitionSpec("data"))
+    split = None if shardings is None else NamedSharding(shardings.step.mesh, PartitionSpec("data"))
 
+    def updates(state: TrainState, key: Array, data: PyTree = None) -> tuple[TrainState, Any]:
         def batch_at(step: Array) -> PyTree:
-            return jax.lax.with_sharding_constraint(batches.batch_at(step), split)
+            batch = batches.batch_at(step) if data is None else batches.batch_at(step, data)
+            return batch if split is None else jax.lax.with_sharding_constraint(batch, split)
 
-    return jax.jit(scan_steps(train_step, batch_at, steps_per_call), **options)
+        return scan_steps(train_step, batch_at, steps_per_call)(state, key)
+
+    return jax.jit(updates, **options)
+
+
+def _whole(mesh: Mesh) -> NamedSharding:
+    """Of what lies whole on every device."""
+    return NamedSharding(mesh, PartitionSpec())
 
 
 @contextmanager
@@ -223,7 +237,8 @@ def _advancing(
     """Yields `(state, key, length) -> (state, metrics)`, which does the next `length` of these steps."""
     if isinstance(batches, OnDevice):
         program = cache(lambda length: update_program(train_step, batches, length, shardings))
-        yield lambda state, key, length: program(length)(state, key)
+        data = jax.device_put(batches.data) if shardings is None else place(batches.data, _whole(shardings.step.mesh))
+        yield lambda state, key, length: program(length)(state, key, data)
         return
     one_step = update_program(train_step, batches, 1, shardings)
     with closing(_prefetched(batches, steps, None if shardings is None else shardings.step.mesh)) as ahead:
@@ -286,8 +301,7 @@ def _no_best(state: TrainState, models: tuple[int, ...], mesh: Mesh | None) -> B
     score, step = np.full(models, np.inf, np.float32), np.zeros(models, np.int32)
     if mesh is None:
         return Best(jnp.asarray(score), jnp.asarray(step), params)
-    whole = NamedSharding(mesh, PartitionSpec())
-    score, step = place((score, step), (whole, whole))
+    score, step = place((score, step), _whole(mesh))
     return Best(score, step, params)
 
 

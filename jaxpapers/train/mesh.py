@@ -172,7 +172,7 @@ def state_shardings(state: TrainState, mesh: Mesh, rules: Rules = ()) -> TrainSt
 
 
 def place(tree: PyTree, shardings: PyTree) -> PyTree:
-    """The arrays, whole on every process, laid out as `shardings` say."""
+    """The arrays, whole on every process, laid out as `shardings` say (one for all, or a tree of them)."""
 
     def put(leaf: Any, sharding: NamedSharding) -> jax.Array:
         if sharding.is_fully_addressable:
@@ -182,19 +182,21 @@ def place(tree: PyTree, shardings: PyTree) -> PyTree:
         host = np.asarray(leaf)
         return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
-    return jax.tree.map(put, tree, shardings)
+    return jax.tree.map(put, tree, _for_each_leaf(shardings, tree))
 
 
 def abstract(tree: PyTree, shardings: PyTree) -> PyTree:
     """Shape structs in the place of the arrays, laid out as `shardings` say (one for all, or a tree of them)."""
-    if isinstance(shardings, NamedSharding):
-        shardings = jax.tree.map(lambda _: shardings, tree)
 
     def struct(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
         array = jax.eval_shape(lambda x: x, leaf)
         return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
 
-    return jax.tree.map(struct, tree, shardings)
+    return jax.tree.map(struct, tree, _for_each_leaf(shardings, tree))
+
+
+def _for_each_leaf(shardings: PyTree, tree: PyTree) -> PyTree:
+    return jax.tree.map(lambda _: shardings, tree) if isinstance(shardings, NamedSharding) else shardings
 
 
 def to_host(tree: PyTree) -> PyTree:

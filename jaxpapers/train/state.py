@@ -94,6 +94,19 @@ def create_population(
     return jit(create)(keys, extra)  # jitted: op by op, an initialisation compiles dozens of small programs
 
 
+def member_keys(keys: Array, count: int) -> Array:
+    """Independent keys of each model of a population: one for its start, one for its data, ...
+
+    Args:
+      keys: typed PRNG keys of shape (models,). Models with equal keys get equal ones.
+      count: how many each needs.
+
+    Returns:
+      (count, models), to be unpacked: `init_keys, data_keys, step_keys = member_keys(keys, 3)`.
+    """
+    return jnp.moveaxis(jax.vmap(partial(jax.random.split, num=count))(keys), 1, 0)
+
+
 def member(tree: PyTree, index: Any) -> PyTree:
     """Row `index` of every leaf: one model of a population's params, opt_state or extra."""
     return jax.tree.map(lambda leaf: leaf[index], tree)

@@ -108,12 +108,22 @@ def test_microbatches_on_a_mesh_are_those_of_one_device_and_no_row_moves():
     assert not re.search("all-to-all|collective-permute", program)
 
 
-def test_batches_made_on_the_mesh_are_those_of_one_device():
-    def batch_at(step):
-        return jax.random.randint(jax.random.fold_in(KEY, step), (BATCH, 16), 0, 32)
+def random_batch(step):
+    return jax.random.randint(jax.random.fold_in(KEY, step), (BATCH, 16), 0, 32)
 
-    _, losses = train(batches=OnDevice(batch_at), steps_per_call=4, log_every=4)
-    _, split = train(make_mesh(), batches=OnDevice(batch_at), steps_per_call=4, log_every=4)
+
+def text_batch(step, text):
+    starts = jax.random.randint(jax.random.fold_in(KEY, step), (BATCH, 1), 0, len(text) - 16)
+    return text[starts + jnp.arange(16)]
+
+
+TEXT = np.random.default_rng(0).integers(0, 32, 1001).astype(np.int32)  # which 8 devices do not divide
+
+
+@pytest.mark.parametrize("batches", [OnDevice(random_batch), OnDevice(text_batch, TEXT)], ids=["draws", "data"])
+def test_batches_made_on_the_mesh_are_those_of_one_device(batches):
+    _, losses = train(batches=batches, steps_per_call=4, log_every=4)
+    _, split = train(make_mesh(), batches=batches, steps_per_call=4, log_every=4)
     np.testing.assert_allclose(split, losses, **CLOSE)
 
 

@@ -22,8 +22,10 @@ from jaxpapers.train import (
     make_schedule,
     make_train_step,
     member,
+    member_keys,
     read_metrics,
     scan_steps,
+    update_program,
     vmap_step,
     write_whole,
 )
@@ -125,6 +127,54 @@ def test_host_batches_and_device_batches_agree():
     np.testing.assert_allclose(host.state.params["w"], device.state.params["w"], rtol=1e-5)
 
 
+DATA = {"inputs": INPUTS, "targets": TARGETS}
+
+
+def data_batch(step, data):
+    rows = (jnp.arange(8) + 8 * step) % 64
+    return data["inputs"][rows], data["targets"][rows]
+
+
+@pytest.mark.parametrize("steps_per_call", [1, 5])
+def test_batches_from_data_are_those_of_a_closure(steps_per_call):
+    data, closure = (
+        train(10, batches, steps_per_call=steps_per_call)
+        for batches in (OnDevice(data_batch, DATA), OnDevice(device_batch))
+    )
+    np.testing.assert_allclose(data.state.params["w"], closure.state.params["w"], rtol=1e-6)  # another fusion
+    assert np.abs(data.state.params["w"]).min() > 0.05
+
+
+def test_other_data_take_the_same_program_and_stay_the_callers():
+    optimizer = optax.adam(1e-2)
+    program = update_program(make_train_step(least_squares, optimizer), OnDevice(data_batch, DATA), 5)
+    given = DATA, DATA | {"targets": 3 * TARGETS}
+    losses = [float(program(new_state(optimizer), KEY, data)[1]["loss"]) for data in given]
+    assert program._cache_size() == 1
+    assert losses[1] > 5 * losses[0]  # the errors of the first weights, 0, are thrice as large
+    (_, _, data), _ = program.lower(new_state(optimizer), KEY, DATA).args_info
+    assert not any(leaf.donated for leaf in jax.tree.leaves(data))
+    with pytest.raises(TypeError, match="data"):
+        program(new_state(optimizer), KEY)
+
+
+def test_checkpoints_hold_no_data_and_a_resumed_run_takes_those_it_is_given(tmp_path):
+    rng = np.random.default_rng(1)
+    before, after = ({"inputs": rng.normal(size=(2**16, 3)), "targets": rng.normal(size=2**16)} for _ in range(2))
+
+    def run(num_steps, data):
+        with closing(Checkpoints(tmp_path)) as checkpoints:
+            return train(num_steps, OnDevice(data_batch, data), steps_per_call=5, checkpoints=checkpoints).state
+
+    assert bits(run(10, before)) == bits(run(10, after))  # done already
+    assert sum(path.stat().st_size for path in tmp_path.rglob("*")) < before["targets"].nbytes / 4
+    optimizer = optax.adam(1e-2)
+    state = train(10, OnDevice(data_batch, before), steps_per_call=5).state
+    step = make_train_step(least_squares, optimizer)
+    expected = fit(state, step, OnDevice(data_batch, after), 20, key=KEY, steps_per_call=5).state
+    assert bits(run(20, after)) == bits(expected)
+
+
 def test_scanned_metrics_are_means():
     optimizer = optax.sgd(0.0)
     step = make_train_step(least_squares, optimizer)
@@ -185,6 +235,15 @@ def test_population_equals_single_runs():
         single = fit(single, step, OnDevice(device_batch), 20, key=keys[index], steps_per_call=10).state
         expected = member(population.params, index)["w"]
         np.testing.assert_allclose(single.params["w"], expected, rtol=1e-5)  # batched and plain dots differ in order
+
+
+def test_models_get_keys_of_their_own():
+    keys = jax.random.split(KEY, 3)[jnp.array([0, 1, 2, 0])]
+    found = member_keys(keys, 2)
+    assert found.shape == (2, 4)
+    for index, key in enumerate(keys):
+        np.testing.assert_array_equal(jax.random.key_data(found[:, index]), jax.random.key_data(jax.random.split(key)))
+    assert len(np.unique(jax.random.key_data(found).reshape(8, -1), axis=0)) == 6  # first and last model share theirs
 
 
 def test_best_is_kept_for_each_model_and_nan_is_worst():
