@@ -34,17 +34,16 @@ NAMES = {
     "adafortitran_xl": "AdaFortiTran-XL",
     "bound": "bound, unseen channels",
 }
-DRAWN = ("adafortitran", "fortitran", "cevit", "sisrafnet", "linear", "bilinear", "pooled", "sample")
-STYLE = dict(
-    zip(
-        DRAWN,
-        (
-            *(("#0072b2", "o-"), ("#d55e00", "s-"), ("#009e73", "^-"), ("#cc79a7", "v-"), ("#e69f00", "D-")),
-            *((figures.GREY, "x:"), ("#56b4e9", "x--"), ("#56b4e9", "+:")),
-        ),
-        strict=True,
-    )
-)
+STYLE = {
+    "adafortitran": (figures.BLUE, "o-"),
+    "fortitran": (figures.VERMILION, "s-"),
+    "cevit": (figures.GREEN, "^-"),
+    "sisrafnet": (figures.PURPLE, "v-"),
+    "linear": (figures.ORANGE, "D-"),
+    "bilinear": (figures.GREY, "x:"),
+    "pooled": (figures.SKY, "x--"),
+    "sample": (figures.SKY, "+:"),
+}
 LABELS = {"snr": "SNR (dB)", "delay_spread": "delay spread (ns)", "doppler": "Doppler shift (Hz)"}
 TITLES = {
     "snr": "200 ns, 500 Hz",
@@ -131,25 +130,22 @@ def _axis(sweep: str) -> list[float]:
 def draw_sweeps(metrics: Metrics, config: ConfigDict) -> Figure:
     """Errors against each condition, mean over the seeds and their range: the stages, the three sweeps."""
     stages = list(config.stages)
-    figure, grid = figures.plt.subplots(
-        len(stages), 3, figsize=(10.5, 3.2 * len(stages) + 0.6), squeeze=False, sharey="row", layout="constrained"
-    )
+    figure, grid = figures.grid(len(stages), 3, (10.5, 3.2 * len(stages) + 0.6), sharey="row")
     for stage, axes in zip(stages, grid, strict=True):
         for sweep, ax in zip(SWEEPS, axes, strict=True):
             x, rows = _axis(sweep), rows_of(sweep)
             for name, (colour, style) in STYLE.items():
                 if f"{stage}/{name}/db" in metrics:
-                    values = np.asarray(metrics[f"{stage}/{name}/db"])[:, rows]
-                    mean = values.mean(axis=0)
-                    ax.plot(x, mean, style, color=colour, label=NAMES[name], markersize=4, linewidth=1.2)
-                    ax.fill_between(x, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.2, linewidth=0)
+                    values = np.asarray(metrics[f"{stage}/{name}/db"])[:, rows].T
+                    look = {"color": colour, "label": NAMES[name], "markersize": 4, "linewidth": 1.2}
+                    figures.mean_and_range(ax, x, values, style, **look)
             ax.plot(x, np.asarray(metrics["bound/db"])[rows], "k--", linewidth=1, label=NAMES["bound"])
             for label, (values, marker) in CARD_ROWS.items() if stage == "fixed" and is_papers_grid(config) else ():
                 if sweep in values:
-                    ax.plot(x, values[sweep], marker, color="#0072b2", markerfacecolor="white", label=label)
+                    ax.plot(x, values[sweep], marker, color=figures.BLUE, markerfacecolor="white", label=label)
             ax.set(xlabel=LABELS[sweep], title=f"{stage} channels, {TITLES[sweep]}")
         axes[0].set(ylabel="error (dB)")
-    _legend(figure, grid[0][0])
+    figures.legend_below(figure, 5)
     return figure
 
 
@@ -158,10 +154,10 @@ def draw_closed_forms(metrics: Metrics, config: ConfigDict) -> Figure:
 
     Lines are closed forms, crosses simulations, dots what the paper reports for AdaFortiTran, where the grid is its.
     """
-    figure, grid = figures.plt.subplots(2, 3, figsize=(10.5, 6.6), squeeze=False, sharey="row", layout="constrained")
+    figure, grid = figures.grid(2, 3, (10.5, 6.6), sharey="row")
     checked = np.asarray(metrics["closed/checked"])
     is_papers = has_papers_pilots(config.closed_forms.subcarriers, config)
-    colours = dict(zip(CLOSED, (figures.GREY, "#56b4e9", "#000000"), strict=True))
+    colours = dict(zip(CLOSED, (figures.GREY, figures.SKY, figures.BLACK), strict=True))
     for reference, axes in zip(tdl.SNR_REFERENCES, grid, strict=True):
         for place, (sweep, ax) in enumerate(zip(SWEEPS, axes, strict=True)):
             x = _axis(sweep)
@@ -173,24 +169,23 @@ def draw_closed_forms(metrics: Metrics, config: ConfigDict) -> Figure:
                         ax.plot(point[place], value, "x", color=colour)
             if is_papers and reference == "grid" and sweep in PUBLISHED:
                 label = "AdaFortiTran, as published (fixed channels)"
-                ax.plot(x, PUBLISHED[sweep], "o", color="#0072b2", markersize=4, label=label)
+                ax.plot(x, PUBLISHED[sweep], "o", color=figures.BLUE, markersize=4, label=label)
             ax.set(xlabel=LABELS[sweep], title=f"SNR of the {reference}, {TITLES[sweep]}")
         axes[0].set(ylabel="error (dB)")
-    _legend(figure, grid[0][0])
+    figures.legend_below(figure, 5)
     return figure
 
 
 def draw_density(metrics: Metrics, names: Sequence[str], spacings: Sequence[int], config: ConfigDict) -> Figure:
     """Errors of fixed channels at one point against the number of pilot rows, mean over the seeds and their range."""
-    figure, ax = figures.plt.subplots(figsize=(6, 4), layout="constrained")
+    figure, (ax,) = figures.panels(1, 6.0, 4.0)
     rows = [config.grid.subcarriers // spacing for spacing in spacings]
     for name in names:
-        values = [np.atleast_1d(metrics[f"density/{spacing}/{name}/db"]) for spacing in spacings]
-        colour, style = STYLE.get(name, ("#000000", "--"))
-        ax.plot(rows, [row.mean() for row in values], style, color=colour, markersize=4, label=name_of(name))
-        ax.fill_between(rows, *([f(row) for row in values] for f in (np.min, np.max)), color=colour, alpha=0.2)
+        values = [metrics[f"density/{spacing}/{name}/db"] for spacing in spacings]
+        colour, style = STYLE.get(name, (figures.BLACK, "--"))
+        figures.mean_and_range(ax, rows, values, style, color=colour, markersize=4, label=name_of(name))
     ax.set(xlabel="pilot rows", ylabel="error (dB)", title="fixed channels, 5 dB, 200 ns, 500 Hz")
-    _legend(figure, ax)
+    figures.legend_below(figure, 5)
     return figure
 
 
@@ -205,21 +200,22 @@ def draw_curves(workdir: Path, bound: float, config: ConfigDict) -> Figure:
     figure, axes = figures.panels(len(config.stages), width=5.0, sharey=True)
     for stage, ax in zip(config.stages, axes, strict=True):
         for name in config.stages[stage]:
-            for index, (steps, values) in enumerate(_curves(workdir, f"{stage}_{name}", config)):
-                colour, style = STYLE.get(name, ("#000000", "-"))
+            for index, (steps, values) in enumerate(_curves(workdir, stage, name, config)):
+                colour, style = STYLE.get(name, (figures.BLACK, "-"))
                 line = ":" if name not in STYLE else style[-1]
                 label = name_of(name) if index == 0 else None
                 ax.plot(steps, decibels(2 * values), line, color=colour, linewidth=0.8, label=label)
         ax.axhline(bound, color="k", linestyle="--", linewidth=1, label=NAMES["bound"])
         ax.set(xlabel="update", title=f"{stage} channels, training")
     axes[0].set(ylabel="error (dB)")
-    _legend(figure, axes[0])
+    figures.legend_below(figure, 5)
     return figure
 
 
-def _curves(workdir: Path, title: str, config: ConfigDict) -> list[tuple[np.ndarray, np.ndarray]]:
+def _curves(workdir: Path, stage: str, name: str, config: ConfigDict) -> list[tuple[np.ndarray, np.ndarray]]:
     """(updates, losses) of every seed."""
-    titles = [title] if config.together else [f"{title}_{seed}" for seed in range(config.num_seeds)]
+    title = f"{stage}_{name}"
+    titles = [title] if config.together else [f"{title}_{seed}" for seed in range(config.num_seeds[stage])]
     found = []
     for each in titles:
         lines: list[dict[str, Any]] = [line for line in read_metrics(workdir, each) if "train/loss" in line]
@@ -241,10 +237,10 @@ def draw_slot(model: nn.Module, params: Any, tests: tdl.Batch, linear: Linear, c
         NAMES["matched"]: apply_linear(linear.matched[point], ls, size),
         NAMES["adafortitran"]: jax.jit(model.apply)({"params": first}, ls, conditions),
     }
-    figure, axes = figures.plt.subplots(2, 4, figsize=(9, 6), sharex=True, sharey=True, layout="constrained")
+    figure, axes = figures.grid(2, 4, (9.0, 6.0), sharex=True, sharey=True)
     top = np.abs(h).max()
     image = _field(axes[0, 0], np.abs(h[0]), "channel |h|", 0, top, "viridis")
-    axes[1, 0].plot(*np.meshgrid(pilots.columns, pilots.rows), "s", color="#0072b2", markersize=4)
+    axes[1, 0].plot(*np.meshgrid(pilots.columns, pilots.rows), "s", color=figures.BLUE, markersize=4)
     axes[1, 0].set(title="pilots")
     for column, (name, estimate) in enumerate(estimates.items(), 1):
         _field(axes[0, column], np.abs(estimate[0]), name, 0, top, "viridis")
@@ -263,8 +259,3 @@ def draw_slot(model: nn.Module, params: Any, tests: tdl.Batch, linear: Linear, c
 def _field(ax: Axes, values: np.ndarray, title: str, low: float, high: float, colours: str) -> Any:
     ax.set(title=title)
     return ax.imshow(values, origin="lower", aspect="auto", vmin=low, vmax=high, cmap=colours)
-
-
-def _legend(figure: Figure, axes: Axes) -> None:
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, fontsize=8, loc="outside lower center", ncol=5)

@@ -174,10 +174,10 @@ def analyse_closed_forms(config: ConfigDict) -> dict[str, Any]:
 
 
 def slots_program(
-    stage: str, bank: tdl.ChannelBank, config: ConfigDict, profile: str = "TDL-A"
+    stage: str, bank: tdl.ChannelBank, slots: int, config: ConfigDict, profile: str = "TDL-A"
 ) -> Callable[[Array | np.ndarray], tdl.Batch]:
-    """Jitted `points -> test slots` of a stage, axes (points, chunks, slots of a chunk)."""
-    chunks = config.test_slots // config.test_chunk
+    """Jitted `points -> test slots` of a stage, so many a point; axes (points, chunks, slots of a chunk)."""
+    chunks = slots // config.test_chunk
 
     @jax.jit
     def draw(points: Array) -> tdl.Batch:
@@ -192,30 +192,40 @@ def slots_program(
     return draw
 
 
-def draw_tests(stage: str, bank: tdl.ChannelBank, config: ConfigDict, profile: str = "TDL-A") -> tdl.Batch:
+def draw_tests(stage: str, bank: tdl.ChannelBank, slots: int, config: ConfigDict, profile: str = "TDL-A") -> tdl.Batch:
     """Test slots of a stage at the 17 points, as `slots_program` has them; a profile is that of fresh ones."""
-    return slots_program(stage, bank, config, profile)(POINTS)
+    return slots_program(stage, bank, slots, config, profile)(POINTS)
 
 
 @cache
 def errors_program(model: nn.Module) -> Callable[[Any, tdl.Batch], Array]:
-    """Jitted `(params, test slots) -> (points,)`, E|h - h^|^2 of one set of parameters."""
+    """Jitted `(params, a chunk of the test slots) -> (points,)`, E|h - h^|^2 of one set of parameters."""
 
     @jax.jit
-    def errors(params: Any, tests: tdl.Batch) -> Array:
-        def chunk(batch: tdl.Batch) -> Array:
+    def errors(params: Any, chunk: tdl.Batch) -> Array:
+        def point(batch: tdl.Batch) -> Array:
             return complex_mse(batch.h, model.apply({"params": params}, batch.ls, batch.conditions))
 
-        return jnp.mean(lax.map(lambda point: lax.map(chunk, point), tests), axis=1)
+        return lax.map(point, chunk)
 
     return errors
 
 
 def score_model(model: nn.Module, params: Any, tests: tdl.Batch) -> np.ndarray:
     """(seeds, points) in dB."""
-    seeds = len(jax.tree.leaves(params)[0])
+    seeds, chunks = len(jax.tree.leaves(params)[0]), tests.h.shape[1]
     errors = errors_program(model)
-    return decibels([errors(jax.tree.map(lambda leaf, i=index: leaf[i], params), tests) for index in range(seeds)])
+
+    def mean_errors(index: int) -> Array:
+        own = jax.tree.map(lambda leaf: leaf[index], params)
+        return sum(errors(own, chunk_of(tests, at)) for at in range(chunks)) / chunks
+
+    return decibels([mean_errors(index) for index in range(seeds)])
+
+
+def chunk_of(tests: tdl.Batch, index: int) -> tdl.Batch:
+    """Some of the test slots of every point, axes (points, slots of a chunk)."""
+    return jax.tree.map(lambda part: part[:, index], tests)
 
 
 @partial(jax.jit, static_argnums=2)

@@ -116,7 +116,7 @@ def _small() -> Stages:
     short = {"epochs": 2, "train_stride": 24, "stride": 16, "batch_size": 16, "num_heads": 4, "dropout": 0.0}
     # The width is ours; the rate is the authors' for the sets with most variates (traffic, PEMS).
     synthetic = {"data": "synthetic", "marks": False, "stride": 192, "epochs": 4, "rate": 1e-3, "dropout": 0.0}
-    synthetic |= {"width": 64, "hidden": 64, "num_heads": 4, "batch_size": 16, "train_stride": 6}
+    synthetic |= {"width": 64, "hidden": 64, "num_heads": 4, "batch_size": 16, "train_stride": 5}
     unseen = synthetic | {"train_variates": 13, "train_stride": 12}
     # As many updates, of two windows: 26 series a batch. Heads are as wide as those of the others.
     alone = ALONE | {"num_heads": 2, "num_seeds": 1, "batch_size": 2, "train_stride": 96}
@@ -163,6 +163,7 @@ def _smoke() -> Stages:
         "synthetic_informer": deep | VANILLA | {"attention": "probsparse", "distil": True},
         "synthetic_none_ffn": tiny | {"components": ("none", "ffn"), "train_stride": 2},
         "synthetic_unseen": tiny | {"train_variates": 3, "num_seeds": 2},
+        "synthetic_unseen_none_ffn": tiny | {"train_variates": 3, "components": ("none", "ffn"), "train_stride": 2},
         "synthetic_unseen_ci": tiny | VANILLA | {"channel_independent": True, "train_variates": 3},
         "synthetic_subset": tiny | {"subset": 3, "attention": "flow", "marks": True},
         "synthetic_patchtst": tiny | {"model": "patchtst", "halving": False},

@@ -99,6 +99,17 @@ def test_claims_hold_on_the_papers_figures():
     assert texts["depth"].endswith("287,234 and 244,514 parameters; bound -14.88")
 
 
+def test_rivals_need_not_be_trained_on_fresh_channels_closed_forms_must_be_there():
+    known = {key: value for key, value in MEASURED.items() if not key.startswith("fresh/cevit")}
+    claims = {claim["id"]: claim for claim in check_claims(experiment.CLAIMS, known)}
+    fixed, fresh = claims["adaptive"]["ours"].split("; fresh")
+    assert claims["adaptive"]["status"] == "holds"
+    assert ("CE-ViT" in fixed, "CE-ViT" in fresh) == (True, False)
+    for needed in ("pooled", "adafortitran"):
+        without = {key: value for key, value in MEASURED.items() if not key.startswith(f"fresh/{needed}")}
+        assert check_claims(experiment.CLAIMS, without)[0]["status"] == f"not run: no fresh/{needed}/mean"
+
+
 @pytest.mark.parametrize(
     ("claim", "changes"),
     [
@@ -221,10 +232,10 @@ def test_batches_follow_the_step_and_sets_are_finite(smoke):
 
 def test_an_update_lowers_the_loss_of_every_seed(smoke):
     config = smoke.copy_and_resolve_references()
-    config.num_seeds = 2
+    config.num_seeds.fixed = 2
     bank = training.bank_of(config)
     setup = training.set_up("fixed", "linear", None, bank, config)
-    batch = jax.jit(setup.batches.batch_at)(0)
+    batch = jax.jit(setup.batches.batch_at)(0, bank)
     assert batch.ls.shape == (8, 2, 4, 2)
     assert not np.array_equal(batch.ls[:, 0], batch.ls[:, 1])
 
@@ -298,12 +309,13 @@ def test_programs_of_a_population_score_one_model(smoke):
 def test_every_network_has_an_update_and_errors(smoke, name):
     bank = training.empty_bank(smoke)
     setup = training.set_up("fixed", name, 0, bank, smoke, abstractly)
-    batch = jax.eval_shape(setup.batches.batch_at, 0)
+    batch = jax.eval_shape(setup.batches.batch_at, 0, bank)
     state, metrics = jax.eval_shape(setup.train_step, setup.state, batch, setup.keys)
     assert metrics["loss"].shape == ()
     assert jax.tree.map(np.shape, state) == jax.tree.map(np.shape, setup.state)
-    tests = jax.eval_shape(scores.slots_program("fixed", bank, smoke), scores.POINTS)
-    assert jax.eval_shape(scores.errors_program(setup.model), setup.state.params, tests).shape == (17,)
+    tests = jax.eval_shape(scores.slots_program("fixed", bank, smoke.test_slots, smoke), scores.POINTS)
+    chunk = jax.eval_shape(lambda tests: scores.chunk_of(tests, 0), tests)
+    assert jax.eval_shape(scores.errors_program(setup.model), setup.state.params, chunk).shape == (17,)
 
 
 def test_closed_forms_of_another_profile(smoke):
@@ -347,8 +359,8 @@ def test_scores_are_those_of_a_loop(smoke):
     config = smoke.copy_and_resolve_references()
     config.update({"test_slots": 6, "test_chunk": 3, "sample_slots": 21})
     bank = training.bank_of(config)
-    tests = scores.draw_tests("fixed", bank, config)
-    again = scores.draw_tests("fixed", bank, config)
+    tests = scores.draw_tests("fixed", bank, config.test_slots, config)
+    again = scores.draw_tests("fixed", bank, config.test_slots, config)
     jax.tree.map(np.testing.assert_array_equal, tests, again)  # all estimators see the same slots
     assert tests.h.shape == (17, 2, 3, 12, 14)
     np.testing.assert_array_equal(tests.conditions, np.broadcast_to(scores.POINTS[:, None, None], (17, 2, 3, 3)))
@@ -386,7 +398,7 @@ def test_validation_is_that_of_a_loop(smoke):
     kernel, bias = (generator.normal(size=size).astype(np.float32) for size in ((8, 168), (168,)))
     params = {"linear": {"kernel": kernel, "bias": bias}}
     found = training.validation_program("fixed", model, bank, config, None)(params)
-    key = jax.random.fold_in(jax.random.key(config.seed), config.num_seeds)  # not of the training's keys
+    key = jax.random.fold_in(jax.random.key(config.seed), config.num_seeds.fixed)  # not of the training's keys
     draw = jax.jit(lambda keys: training.slots_of(keys, "fixed", bank, config))
     errors = []
     for keys in jax.random.split(key, (2, 3)):
@@ -403,7 +415,7 @@ def test_models_see_the_same_slots_in_the_same_order(smoke):
     for name in ("linear", "adafortitran"):
         setup = training.set_up("fixed", name, None, bank, smoke, abstractly)
         draw = jax.jit(setup.batches.batch_at)
-        draws.append([draw(step) for step in range(3)])
+        draws.append([draw(step, bank) for step in range(3)])
     jax.tree.map(np.testing.assert_array_equal, *draws)
 
 
@@ -479,7 +491,7 @@ def test_models_one_by_one_stop_early_and_divide_their_batches(smoke, tmp_path):
     from experiments.harness import Run
 
     config = smoke.copy_and_resolve_references()
-    config.together, config.num_seeds = False, 2
+    config.together, config.num_seeds.fixed = False, 2
     config.training.update({"slots": 16, "batch_size": 8, "updates_per_call": 2, "log_every": 2})
     config.training.updates.fixed = 40
     config.training.update({"rate": 1.0, "last_rate": 1.0, "patience": 2})  # so large a rate finds nothing better
@@ -508,7 +520,7 @@ ONE_BY_ONE = {
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("num_seeds", 0, "config.num_seeds=0 must be at least 1"),
+        ("num_seeds.fresh", 0, "config.num_seeds.fresh=0 must be at least 1"),
         ("test_slots", 7, "config.test_slots=7 must be a multiple of test_chunk=4"),
         ("sample_slots", 22, "config.sample_slots=22 must be a multiple of test_chunk=4"),
         ("snr_reference", "cell", "must be one of"),
@@ -539,7 +551,8 @@ ONE_BY_ONE = {
         ("closed_forms.slots", 9, "a multiple of chunk=8"),
         ("closed_forms.subcarriers", 5, "config.closed_forms.subcarriers=5 must be two rows of pilots: 6"),
         ("together", False, "config.training.validation_slots=0"),
-        ("mismatch", ("TDL-D",), "config.mismatch"),
+        ("mismatch.profiles", ("TDL-D",), "config.mismatch.profiles"),
+        ("mismatch.slots", 6, "config.mismatch.slots=6 must be a multiple of test_chunk=4"),
         ("density.spacings", (5,), "divisors of subcarriers=12"),
         ("density.models", ("vit",), "config.density.models"),
     ],
@@ -576,6 +589,7 @@ def test_intervals_that_fit_takes_are_not_refused(smoke):
 
 def test_a_model_without_its_depth_is_named(smoke):
     config = smoke.copy_and_resolve_references()
-    del config.layers.adafortitran
-    with pytest.raises(UsageError, match=r"config\.stages\.fixed=.*'adafortitran'.* must be some of"):
+    config.stages.fixed = ("fortitran",)
+    del config.layers.fortitran
+    with pytest.raises(UsageError, match=r"config\.stages\.fixed=\('fortitran',\) must be some of"):
         experiment.check_config(config)

@@ -52,6 +52,8 @@ MEASURED = {
     "etth1_dlinear/mse": [0.390],
     "etth1_dlinear/mae": [0.405],
     "etth1_96/epochs": 4,
+    "etth1_96/updates": 1056,
+    "etth1_dlinear/updates": 2640,
     "etth1_96/best_epoch": [4, 3, 3],
     "etth1_dlinear/epochs": 10,
     "etth1_dlinear/best_epoch": [7],
@@ -87,8 +89,8 @@ def test_claims_hold_on_the_cards_figures():
         "epochs 4, 3 and 2, 1; exchange, 26 updates: "
     )
     assert texts["table_row"].startswith("iTransformer 0.3853 (0.3850, 0.3850, 0.3860) / 0.4017")
-    assert "best of 4 epochs 4, 3, 3; DLinear" in texts["table_row"]
-    assert texts["table_row"].endswith("DLinear 0.3900 / 0.4050, best of 10 epochs 7")
+    assert "1,056 updates, best of 4 epochs 4, 3, 3; DLinear" in texts["table_row"]
+    assert texts["table_row"].endswith("DLinear 0.3900 / 0.4050, 2,640 updates, best of 10 epochs 7")
     assert (
         "CI Transformer, unseen 0.500 (0.500, 0.500); iTransformer without attention, unseen 0.450"
         in texts["unseen_variates"]
@@ -114,6 +116,7 @@ def test_claims_hold_on_the_cards_figures():
         ("variates_matter", {"synthetic_inverted/mse": ["nan", 0.1]}),
         ("unseen_variates", {"synthetic_unseen/mse_unseen": [0.41, 0.41]}),
         ("unseen_variates", {"synthetic_unseen_ci/mse_unseen": [0.35, 0.35]}),
+        ("unseen_variates", {"synthetic_unseen_none_ffn/mse_unseen": [0.35, 0.35]}),
         ("subset_training", {"synthetic_subset/mse": [0.34, 0.34]}),
         ("look_back", {"join_look_back_192/mse": [0.41, 0.41], "join_look_back_336/mse": [0.41, 0.41]}),
     ],
@@ -235,8 +238,8 @@ def test_a_subset_of_all_variates_is_ordinary_training(smoke, table):
         setup = training.set_up(training.task_of(table, stage), stage, smoke)
         with launch._quick_compilation(True):
             step = jax.jit(setup.train_step)
-            state, metrics = step(setup.state, setup.batches.batch_at(0), setup.keys)
-            _, later = step(state, setup.batches.batch_at(1), setup.keys)
+            state, metrics = step(setup.state, setup.batches.batch_at(0, setup.batches.data), setup.keys)
+            _, later = step(state, setup.batches.batch_at(1, setup.batches.data), setup.keys)
         losses[subset] = metrics["loss"], metrics["grad_norm"], later["loss"]
     np.testing.assert_allclose(losses[0], losses[8], rtol=1e-4)  # sums in another order, and Adam after them
 
@@ -246,7 +249,7 @@ def test_rivals_see_the_same_windows_in_the_same_order(smoke, table):
     for name in ("synthetic_inverted", "synthetic_vanilla"):
         stage = smoke.stages[name]
         setup = training.set_up(training.task_of(table, stage), stage, smoke, abstractly)
-        batches.append(np.stack([setup.batches.batch_at(step)[:, 0] for step in range(5)]))
+        batches.append(np.stack([setup.batches.batch_at(step, setup.batches.data).x[:, 0] for step in range(5)]))
     np.testing.assert_array_equal(*batches)
 
 
@@ -255,29 +258,37 @@ def test_batch_statistics_come_with_the_best_parameters(smoke, table):
     stage = smoke.stages.synthetic_patchtst
     setup = training.set_up(training.task_of(table, stage), stage, smoke)
     with launch._quick_compilation(True):
-        state, _ = jax.jit(setup.train_step)(setup.state, setup.batches.batch_at(0), setup.keys)
+        state, _ = jax.jit(setup.train_step)(setup.state, setup.batches.batch_at(0, setup.batches.data), setup.keys)
     before, after = (jax.tree.leaves(each.params["batch_stats"]) for each in (setup.state, state))
     assert any(np.abs(a - b).max() > 1e-4 for a, b in zip(before, after, strict=True))
-    for a, b in zip(after, jax.tree.leaves(state.extra.statistics), strict=True):
+    for a, b in zip(after, jax.tree.leaves(state.extra), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
 def test_the_series_is_an_argument_of_the_training_program(smoke, table):
     stage = smoke.stages.synthetic_inverted
     setup = training.set_up(training.task_of(table, stage), stage, smoke, abstractly)
-    program = jax.make_jaxpr(setup.train_step)(setup.state, setup.batches.batch_at(0), setup.keys)
+
+    def update(state, keys, data):
+        return setup.train_step(state, setup.batches.batch_at(state.step, data), keys)
+
+    program = jax.make_jaxpr(update)(setup.state, setup.keys, setup.batches.data)
     assert max((np.size(constant) for constant in program.consts), default=0) < table.values.size
-    state, _ = jax.eval_shape(setup.train_step, setup.state, setup.batches.batch_at(0), setup.keys)
+    state, _ = jax.eval_shape(update, setup.state, setup.keys, setup.batches.data)
     assert jax.tree.structure(state) == jax.tree.structure(setup.state)
-    assert setup.state.extra.rows.series.shape == table.values.shape
+    assert table.values.shape not in [leaf.shape for leaf in jax.tree.leaves(state)]  # nor in a checkpoint
 
 
 def test_every_other_window_is_trained_on(smoke, table):
     stage = smoke.stages.synthetic_none_ffn
-    setup = training.set_up(training.task_of(table, stage), stage, smoke, abstractly)
+    task = training.task_of(table, stage)
+    setup = training.set_up(task, stage, smoke, abstractly)
     assert (setup.epoch, stage.train_stride) == (88 // 8, 2)  # 175 windows
-    numbers = np.concatenate([setup.batches.batch_at(step)[:, 0] for step in range(setup.epoch)])
-    assert set(numbers.tolist()) == set(range(0, 175, 2))
+    order, _ = setup.batches.data
+    numbers = order[: setup.epoch, :, 0]
+    assert set(numbers.ravel().tolist()) == set(range(0, 175, 2))
+    batch = setup.batches.batch_at(2, setup.batches.data)
+    np.testing.assert_array_equal(batch.x[:, 0], task.windows.gather(order[2, :, 0]).x)
 
 
 def at_step(step, leaf):
@@ -293,7 +304,8 @@ def test_a_rate_is_halved_or_constant(smoke, table):
         setup = training.set_up(training.task_of(table, stage), stage, smoke)
         state = setup.state.replace(step=jnp.asarray(3 * setup.epoch, jnp.int32))
         counted = jax.tree.map(partial(at_step, 3 * setup.epoch), state.opt_state)
-        after, _ = jax.jit(setup.train_step)(state.replace(opt_state=counted), setup.batches.batch_at(0), setup.keys)
+        batch = setup.batches.batch_at(0, setup.batches.data)
+        after, _ = jax.jit(setup.train_step)(state.replace(opt_state=counted), batch, setup.keys)
         change = jax.tree.map(lambda a, b: np.abs(a - b).max(), after.params, state.params)
         moved[halving] = max(jax.tree.leaves(change))
     np.testing.assert_allclose(moved[False] / moved[True], 4, rtol=1e-3)  # the fourth epoch has a quarter
@@ -588,14 +600,16 @@ def test_a_short_csv_is_passed_over_until_an_epoch_is_100_updates(tmp_path, monk
         user_csv.forecast_csv(write_csv(tmp_path / "data.csv"), 12, **sizes)
     assert (seen["num_steps"], seen["evaluate_every"], seen["patience"]) == (300, 100, 300)
     # Ten passes over the 173 windows of 208 rows, each with 13 left out.
-    counts = np.bincount(np.ravel(seen["batches"].batch_at(np.arange(100))))
+    order, windows = seen["batches"].data
+    counts = np.bincount(np.ravel(order[:100]))
     assert len(counts) == 173
     assert counts.sum() == 1600
     assert counts.max() == 10
     # The series is an argument of the program.
-    program = jax.make_jaxpr(seen["step"])(seen["state"], seen["batches"].batch_at(0), seen["key"])
+    program = jax.make_jaxpr(seen["batches"].batch_at)(0, (order, windows))
     assert max((np.size(constant) for constant in program.consts), default=0) < 260
-    assert seen["state"].extra.series.shape == (260, 3)
+    assert windows.series.shape == (260, 3)
+    assert seen["state"].extra is None
 
 
 def test_a_forecast_that_is_worse_than_none_is_warned_of(tmp_path, monkeypatch, capsys):

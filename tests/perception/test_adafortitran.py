@@ -244,9 +244,7 @@ def test_half_precision_stays_inside_the_encoder(adaptive):
     show = jax.jit(lambda params: half.apply(params, ls, conditions, capture_intermediates=True))
     found, halves = show(params)
     assert found.dtype == jnp.complex64
-    assert {leaf.dtype for leaf in jax.tree.leaves(jax.eval_shape(half.init, jax.random.key(0), ls, conditions))} == {
-        jnp.dtype(jnp.float32)
-    }
+    assert {leaf.dtype for leaf in jax.tree.leaves(shapes_of(half))} == {jnp.dtype(jnp.float32)}
     for stages, inside in ((stored, jnp.float32), (halves, jnp.bfloat16)):
         parts = stages["intermediates"]
         outside = (parts[name]["__call__"][0] for name in ("upsampler", "enhancer", "encoder", "refiner"))
@@ -255,6 +253,11 @@ def test_half_precision_stays_inside_the_encoder(adaptive):
     np.testing.assert_array_equal(*(each["intermediates"]["enhancer"]["__call__"][0] for each in (stored, halves)))
     error = np.abs(found - whole).max()
     assert 1e-5 < error < 0.05  # values of order 1, 8 bits; whole numbers agree to 2e-5 with the authors'
+    rival = ada.CEViT(SIZE, (0, 5), (2, 11), (6, 4), 8, dtype=jnp.bfloat16)
+    show = lambda params: rival.apply({"params": params}, ls[:, :2], conditions, capture_intermediates=True)  # noqa: E731
+    found, stored = jax.eval_shape(show, shapes_of(rival, (2, 2)))
+    encoder = stored["intermediates"]["encoder"]
+    assert (found.dtype, encoder["embed"]["__call__"][0].dtype) == (jnp.complex64, jnp.bfloat16)
 
 
 def test_slots_do_not_see_each_other(adaptive):
