@@ -40,7 +40,7 @@ from benchmarks.timing import (
     write_json,
 )
 from benchmarks.training import SAMPLE_S
-from experiments.components._polycom_theory import residual_bytes
+from experiments.timing import residual_bytes, temporary_bytes
 from jaxpapers.components.polycom import (
     coeffs_from_reference,
     coeffs_to_reference,
@@ -119,7 +119,7 @@ def compile_all(cases: Mapping[str, tuple]) -> tuple[dict[str, Callable], dict[s
     for name, (function, *arrays) in cases.items():
         program = jax.jit(partial(both_passes, function)).lower(*arrays).compile()
         calls[name] = partial(program, *arrays)
-        kept, temporary = residual_bytes(function, *arrays[1:]), program.memory_analysis().temp_size_in_bytes
+        kept, temporary = residual_bytes(function, *arrays[1:]), temporary_bytes(program)
         memory[name] = {"kept": kept, "temporary": temporary}
     return calls, memory
 

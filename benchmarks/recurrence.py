@@ -32,7 +32,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
 import optax
 from jax import lax
 from matplotlib.axes import Axes
@@ -51,7 +50,7 @@ from benchmarks.timing import (
     times_with_second_chance,
     write_json,
 )
-from experiments.figures import COLOURS, GREY
+from experiments import figures
 from jaxpapers.ops.newton import METHODS
 from jaxpapers.sequence.pararnn import (
     GRUParams,
@@ -477,9 +476,9 @@ def draw(results: Sequence[dict[str, Any]], updates: Sequence[dict[str, Any]], t
     batches = sorted({result["batch"] for result in updates})
     shape = len(CELLS) + bool(updates), max(len(sizes), len(batches))
     size = 3.2 * shape[1], 0.6 + 2.6 * shape[0]
-    figure, grid = plt.subplots(*shape, figsize=size, squeeze=False, layout="constrained", sharex="row")
+    figure, grid = figures.grid(*shape, size, sharex="row")
     rivals = [name for name in (*METHODS, "lax.scan", "DEER", "copy") if name != "sequential"]
-    colours = {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(rivals)}
+    colours = {name: figures.COLOURS[index % len(figures.COLOURS)] for index, name in enumerate(rivals)}
     for row, (cell, (name, _)) in zip(grid, CELLS.items(), strict=False):
         for axes, (batch, width) in zip(row, sizes, strict=False):
             here = [r for r in results if (r["cell"], r["batch"], r["width"]) == (cell, batch, width)]
@@ -503,7 +502,7 @@ def draw_ratios(axes: Axes, results: Sequence[dict[str, Any]], colours: Mapping[
     """Median and quartiles of every rival's ratio to the sequential method."""
     if not results:
         return
-    axes.axhline(1, color=GREY, linewidth=0.8)
+    axes.axhline(1, color=figures.GREY, linewidth=0.8)
     for name, colour in colours.items():
         with_it = [result for result in results if name in result["seconds"]]
         if not with_it:

@@ -8,7 +8,7 @@ file name; nothing registers it.
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import matplotlib
@@ -16,10 +16,12 @@ from jax.sharding import Mesh
 from matplotlib.figure import Figure
 from rich.console import Console
 
+from jaxpapers.data.download import DataNotFound
 from jaxpapers.train import Checkpoints, Fitted, MetricsWriter, TrainState, fit, nbytes, write_whole
 
 PRESETS = ("smoke", "small", "paper")
 Metrics = Mapping[str, Any]
+Data = TypeVar("Data")
 
 
 class Paper(NamedTuple):
@@ -98,6 +100,32 @@ class Run:
     def say(self, text: str) -> None:
         """Tells the person who waits what happens now."""
         self._console.print(text, highlight=False, markup=False)
+
+    def load(
+        self, names: Iterable[str], read: Callable[[str], Data], said: str = "{} is", key: str = "{}"
+    ) -> tuple[dict[str, Data], dict[str, Any]]:
+        """Reads what the run needs; what has no file here is left out, with a word.
+
+        Called before anything is trained: a missing or corrupt file should not cost a training.
+
+        Args:
+          names: of the data.
+          read: `name -> data`.
+          said: subject and verb of the word, `{}` the name.
+          key: of the metric, `{}` the name.
+
+        Returns:
+          name -> data, and `<key>/left_out` -> the reason, of each that is missing.
+        """
+        found: dict[str, Data] = {}
+        left_out: dict[str, Any] = {}
+        for name in names:
+            try:
+                found[name] = read(name)
+            except DataNotFound as missing:
+                self.say(f"{said.format(name)} left out: {missing}")
+                left_out[f"{key.format(name)}/left_out"] = str(missing)
+        return found, left_out
 
     def fit(self, stage: str, state: TrainState, *args: Any, **options: Any) -> Fitted:
         """`jaxpapers.train.fit` with this run's checkpoints and metrics; resumes where it was stopped.

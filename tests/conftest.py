@@ -12,6 +12,8 @@ import jax
 CACHE = Path(__file__).parents[1] / ".cache" / "jax"
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+# Most of the suite's time is compilation, of programs that run once on little data.
+jax.config.update("jax_disable_most_optimizations", True)
 
 # A first example pays for tracing and compilation, so a deadline would measure XLA, not the code.
 hypothesis.settings.register_profile("jaxpapers", deadline=None, max_examples=25, derandomize=True)

@@ -153,7 +153,6 @@ def draw_ablation(metrics: Metrics, config: ConfigDict) -> Figure:
 
 def _dots(ax: Axes, values: Sequence[Any], labels: Sequence[str]) -> None:
     for index, row in enumerate(values):
-        row = np.atleast_1d(row)
-        ax.plot(np.full(len(row), index), row, "o", color=figures.COLOURS[0], alpha=0.6, markersize=4)
+        figures.dots(ax, index, row, color=figures.COLOURS[0], alpha=0.6, markersize=4)
         ax.plot([index - 0.25, index + 0.25], [np.mean(row)] * 2, color=figures.COLOURS[0])
-    ax.set_xticks(range(len(labels)), labels, rotation=60, ha="right", fontsize=8)
+    figures.names_below(ax, labels)

@@ -14,7 +14,7 @@ import numpy as np
 from jax import Array
 from ml_collections import ConfigDict
 
-from experiments.timing import least_seconds
+from experiments.timing import least_seconds, residual_bytes, temporary_bytes
 from jaxpapers.components.polycom import (
     exact_product,
     exact_square,
@@ -95,7 +95,7 @@ def analyse_overhead(config: ConfigDict) -> dict[str, Any]:
             return jnp.sum(jnp.square(method(x, coeffs)))
 
         run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(x, coeffs).compile()
-        metrics[f"overhead/{name}/temporary_bytes"] = run.memory_analysis().temp_size_in_bytes
+        metrics[f"overhead/{name}/temporary_bytes"] = temporary_bytes(run)
         metrics[f"overhead/{name}/milliseconds"] = 1e3 * least_seconds(partial(run, x, coeffs), settings.repeats)
     with jax.enable_x64(True):
         exact = np.asarray(x[: settings.exact_tokens], np.float64)
@@ -108,16 +108,3 @@ def analyse_overhead(config: ConfigDict) -> dict[str, Any]:
         differences = [np.abs(ours - plain).max() / np.abs(plain).max() for plain, ours in pairs]
     metrics["overhead/gradient_difference"] = np.max(differences)
     return metrics
-
-
-def residual_bytes(function: Callable[..., Array], *args: Any) -> int:
-    """Bytes that reverse mode keeps between the passes: what the function's pull-back holds, each array once."""
-    kept: dict[int, int] = {}
-
-    def trace(*args: Array) -> Array:
-        value, pull = jax.vjp(function, *args)
-        kept.update({id(leaf): leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(pull)})
-        return value
-
-    jax.eval_shape(trace, *args)
-    return sum(kept.values())

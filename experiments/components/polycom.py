@@ -44,6 +44,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from experiments.catalogue import require
+from experiments.claims import each, mean, mean_and_each, measured
 from experiments.components._polycom_figures import (
     COMPARED,
     NAMES,
@@ -62,7 +63,6 @@ from experiments.components._polycom_figures import (
 from experiments.components._polycom_theory import METHODS, analyse_approximation, analyse_overhead, slopes
 from experiments.components._polycom_tokens import (
     FILES,
-    Tokens,
     is_text,
     load_tokens,
     text_of,
@@ -79,7 +79,6 @@ from experiments.components._polycom_training import (
 )
 from experiments.harness import Claim, Metrics, Paper, Run
 from jaxpapers.components.polycom import ACTIVATIONS, DECAYS, GATED, SIZES
-from jaxpapers.data.download import DataNotFound
 from jaxpapers.data.text import ENCODINGS, OWN_SOURCE, TEXTS
 from jaxpapers.train import abstract, abstractly, state_shardings, update_program
 
@@ -285,7 +284,7 @@ def programs(config: ConfigDict, mesh: Mesh) -> dict[str, tuple[Callable, tuple]
             vocab_size = vocabulary(text_of(name, config), config.lm.encoding, config.lm.vocab_size)
             setup = set_up_population(name, text, vocab_size, config, abstractly)
             updates = update_program(setup.train_step, setup.batches, config.lm.updates_per_call)
-            jitted[f"lm/{name}"] = (updates, (abstract(setup.state, whole), abstract(setup.keys, whole)))
+            jitted[f"lm/{name}"] = (updates, abstract((setup.state, setup.keys, setup.batches.data), whole))
             continue
         single = set_up_single(name, config, mesh if mesh.size > 1 else None, abstractly)
         shardings = state_shardings(single.state, mesh, single.rules)
@@ -307,8 +306,12 @@ def run(config: ConfigDict, run: Run) -> dict[str, Any]:
     for name in config.stages:
         if config.stages[name].size:
             rows_of(name, config, run.mesh)  # a batch that the mesh does not divide is refused before anything is done
-    metrics: dict[str, Any] = {}
-    texts = _load_texts(config, run, metrics)
+    texts, metrics = run.load(
+        dict.fromkeys(text_of(name, config) for name in config.stages),
+        lambda text: load_tokens(text, config.lm.encoding, config.lm.vocab_size),
+        said="the language models on {} are",
+        key="lm/{}",
+    )
     metrics |= analyse_approximation(config)
     run.figure("approximation", draw_approximation(metrics))
     metrics |= analyse_overhead(config)
@@ -333,21 +336,6 @@ def run(config: ConfigDict, run: Run) -> dict[str, Any]:
     return metrics
 
 
-def _load_texts(config: ConfigDict, run: Run, metrics: dict[str, Any]) -> dict[str, Tokens]:
-    """The texts of all stages by name, without those whose files are missing, which is said and noted."""
-    texts: dict[str, Tokens] = {}
-    for name in config.stages:
-        text = text_of(name, config)
-        if text in texts or f"lm/{text}/left_out" in metrics:
-            continue
-        try:
-            texts[text] = load_tokens(text, config.lm.encoding, config.lm.vocab_size)
-        except DataNotFound as missing:
-            run.say(f"the language models on {text} are left out: {missing}")
-            metrics[f"lm/{text}/left_out"] = str(missing)
-    return texts
-
-
 def rate_table(metrics: Metrics, config: ConfigDict) -> str:
     """The grid of learning rates: training and validation loss of every activation, mean of the seeds of each rate.
 
@@ -369,10 +357,6 @@ def rate_table(metrics: Metrics, config: ConfigDict) -> str:
     return "\n".join(lines)
 
 
-def _mean(metrics: Metrics, name: str, what: str) -> float:
-    return float(np.mean(np.asarray(metrics[f"{name}/{what}"], float)))
-
-
 def _require_seeds(metrics: Metrics, names: tuple[str, ...]) -> None:
     """Makes a claim `not run` where small models have too few seeds; large ones are one each, as in the paper."""
     sized = bool(metrics["lm/sized"])
@@ -383,7 +367,7 @@ def _require_seeds(metrics: Metrics, names: tuple[str, ...]) -> None:
 
 def _polynorm_is_lowest(metrics: Metrics) -> bool:
     _require_seeds(metrics, ("polynorm", *RIVALS))
-    train, valid = ({name: _mean(metrics, name, what) for name in COMPARED} for what in ("train", "validation"))
+    train, valid = ({name: mean(metrics, f"{name}/{what}") for name in COMPARED} for what in ("train", "validation"))
     others = ("relu2", "relu", "gelu")
     return bool(
         train["swiglu"] - train["polynorm"] >= 0.005
@@ -397,18 +381,17 @@ def _polyrelu_is_between(metrics: Metrics) -> bool:
     _require_seeds(metrics, ("polynorm", "polyrelu", "relu2", "relu", "gelu"))
     checks = []
     for what in ("train", "validation"):
-        loss = {name: _mean(metrics, name, what) for name in COMPARED}
+        loss = {name: mean(metrics, f"{name}/{what}") for name in COMPARED}
         checks += [loss[name] - loss["polyrelu"] >= 0.012 for name in ("relu", "gelu")]
         checks += [loss["polyrelu"] <= loss["relu2"], loss["polynorm"] <= loss["polyrelu"] + 0.003]
     return all(checks)
 
 
 def _loss_text(metrics: Metrics, names: tuple[str, ...]) -> str:
-    def shown(name: str, what: str) -> str:
-        seeds = ", ".join(f"{value:.4f}" for value in np.asarray(metrics[f"{name}/{what}"], float))
-        return f"{_mean(metrics, name, what):.4f} ({seeds})"
-
-    rows = [f"{NAMES[name]} {shown(name, 'train')} / {shown(name, 'validation')}" for name in names]
+    rows = []
+    for name in names:
+        losses = [mean_and_each(measured(metrics, f"{name}/{what}"), ".4f") for what in ("train", "validation")]
+        rows.append(f"{NAMES[name]} {' / '.join(losses)}")
     return f"training (seeds) / validation (seeds): {'; '.join(rows)}"
 
 
@@ -439,8 +422,7 @@ def _rates_text(metrics: Metrics) -> str:
     parts = []
     for n in (2, 3):
         errors = np.asarray(metrics[f"approximation/n{n}"], float)
-        steps = ", ".join(f"{slope:.2f}" for slope in slopes(errors, cells))
-        parts.append(f"n = {n}: {errors[0]:.2e} to {errors[-1]:.2e}, slopes {steps}")
+        parts.append(f"n = {n}: {errors[0]:.2e} to {errors[-1]:.2e}, slopes {each(slopes(errors, cells), '.2f')}")
     square, product = (float(metrics[f"exact/{what}"]) for what in ("square", "product"))
     exact = f"PolyReLU's x^2 to {square:.0e}, u v to {product:.0e}"
     return f"{'; '.join(parts)}; ReLU levels {_levels_needed(metrics)}, {exact}"

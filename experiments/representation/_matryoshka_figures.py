@@ -72,7 +72,7 @@ def draw_accuracy(metrics: Metrics, name: str, config: ConfigDict) -> Figure:
         if any(key.startswith(f"{name}/{variant}/") for key in metrics):
             axes[0].plot([], [], style, color=colour, label=NAMES[variant])
     axes[0].set(ylabel="accuracy (%)")
-    figure.legend(loc="outside lower center", ncol=3, fontsize=8)
+    figures.legend_below(figure, 3)
     return figure
 
 
@@ -154,8 +154,6 @@ def draw_ablations(metrics: Metrics, name: str, config: ConfigDict) -> Figure:
         by_size(ax, recipe.nesting)
         ax.set(xlabel="size", title=title)
     axes[0].set(ylabel="difference to MRL (points)")
-    if axes[1].get_legend_handles_labels()[0]:
-        axes[1].legend(fontsize=7)
     for index, n in enumerate(recipe.shots):
         for variant, style in (("mrl", "-"), ("ff", ":")):
             keys = [(m, f"{name}/few_shot/{variant}/{m}/{n}") for m in recipe.nesting]
@@ -165,8 +163,9 @@ def draw_ablations(metrics: Metrics, name: str, config: ConfigDict) -> Figure:
                 axes[2].plot(*zip(*found, strict=True), style, color=figures.COLOURS[index % 7], label=label)
     by_size(axes[2], recipe.nesting)
     axes[2].set(xlabel="size", title="nearest class mean (dotted: fixed features)", ylabel="accuracy (%)")
-    if recipe.shots:
-        axes[2].legend(fontsize=7)
+    for ax in axes[1:]:
+        if ax.get_legend_handles_labels()[0]:
+            ax.legend(fontsize=7)
     return figure
 
 

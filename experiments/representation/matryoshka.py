@@ -42,6 +42,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from experiments.catalogue import UsageError, require
+from experiments.claims import each, measured
 from experiments.harness import Claim, Metrics, Paper, Run
 from experiments.representation._matryoshka_data import AUGMENTATIONS, SOURCES, load_images, shape_of
 from experiments.representation._matryoshka_figures import (
@@ -81,8 +82,6 @@ from experiments.representation._matryoshka_training import (
     single_state,
     single_step,
 )
-from jaxpapers.data.download import DataNotFound
-from jaxpapers.data.images import ImageData
 from jaxpapers.representation import matryoshka as mrl
 from jaxpapers.train import POPULATION_RULES, abstract, abstractly, member, state_shardings, update_program
 
@@ -398,10 +397,10 @@ def _population_programs(name: str, family: str, config: ConfigDict, mesh: Mesh)
     setup = set_up_population(family, images, labels, recipe, config.seed, mesh, abstractly)
     shardings = state_shardings(setup.state, mesh, POPULATION_RULES)
     updates = update_program(setup.train_step, setup.batches, recipe.updates_per_call, shardings)
-    model = jax.eval_shape(lambda state: member((state.params, state.extra.models), 0), setup.state)
+    model = jax.eval_shape(lambda state: member((state.params, state.extra), 0), setup.state)
     split = NamedSharding(mesh, PartitionSpec("data"))
     batch = jax.ShapeDtypeStruct((embedded_rows(recipe, mesh), *shape.image), np.uint8, sharding=split)
-    arguments = (abstract(setup.state, shardings), abstract(setup.keys, whole))
+    arguments = (abstract(setup.state, shardings), *abstract((setup.keys, setup.batches.data), whole))
     return {"updates": (updates, arguments), **_embed_programs(family, recipe, abstract(model, whole), batch)}
 
 
@@ -489,14 +488,7 @@ def _measure_programs(recipe: ConfigDict, mesh: Mesh) -> dict[str, tuple[Callabl
 def run(config: ConfigDict, run: Run) -> dict[str, Any]:
     """Trains and measures all models of every data set, draws the figures; returns the numbers."""
     check_config(config)
-    metrics: dict[str, Any] = {}
-    found: dict[str, ImageData] = {}
-    for name in config.datasets:  # all of them first: a missing or corrupt file should not cost a training
-        try:
-            found[name] = load_images(config[name], config.seed)
-        except DataNotFound as missing:
-            run.say(f"{name} is left out: {missing}")
-            metrics[f"{name}/left_out"] = str(missing)
+    found, metrics = run.load(config.datasets, lambda name: load_images(config[name], config.seed))
     for name, data in found.items():
         metrics |= study(name, data, config, run)
     drawn = [name for name in found if "mrl" in config[name].variants]
@@ -519,13 +511,9 @@ ADAPTIVE, FUNNEL = "16_to_256", "funnel_16"
 WAYS = (ADAPTIVE, "8_to_256", FUNNEL, "funnel_8")
 
 
-def _values(metrics: Metrics, name: str) -> np.ndarray:
-    return np.atleast_1d(np.asarray(metrics[name], float))
-
-
 def _by_size(metrics: Metrics, variant: str, what: str, sizes: tuple[int, ...]) -> np.ndarray:
     """(sizes, seeds)."""
-    return np.stack([_values(metrics, f"omniglot/{variant}/{what}/{m}") for m in sizes])
+    return np.stack([measured(metrics, f"omniglot/{variant}/{what}/{m}") for m in sizes])
 
 
 def _ahead(metrics: Metrics, what: str, least: int, rival: str = "ff") -> np.ndarray:
@@ -541,15 +529,15 @@ def _one_model_is_all(metrics: Metrics) -> bool:
     return bool(seeds and near and _ahead(metrics, "nn", 32).mean() >= 0.5 and _ahead(metrics, "map", 32).mean() >= 1.0)
 
 
-def _listed(values: np.ndarray) -> str:
-    """Means over the seeds."""
-    return ", ".join(f"{value:.1f}" for value in np.asarray(values).mean(axis=-1))
+def _means(values: np.ndarray) -> str:
+    """Over the seeds, of each size."""
+    return each(values.mean(axis=1), ".1f")
 
 
 def _one_model_text(metrics: Metrics) -> str:
     linear, nn, mean_average = (_ahead(metrics, *which) for which in (("top1", 8), ("nn", 32), ("map", 32)))
     rows = [
-        f"{name} {_listed(_by_size(metrics, variant, 'top1', SIZES))}"
+        f"{name} {_means(_by_size(metrics, variant, 'top1', SIZES))}"
         for name, variant in (("MRL", "mrl"), ("FF", "ff"))
     ]
     small = _ahead(metrics, "nn", 8)[0]
@@ -577,13 +565,13 @@ def _compression_is_no_substitute(metrics: Metrics) -> bool:
 
 def _compression_text(metrics: Metrics) -> str:
     rows = _against_compression(metrics).items()
-    return "; ".join(f"{name}: {', '.join(f'{value:+.1f}' for value in row)}" for name, row in rows)
+    return "; ".join(f"{name}: {each(row, '+.1f')}" for name, row in rows)
 
 
 def _way(metrics: Metrics, way: str) -> tuple[np.ndarray, float]:
     """(1-NN and mAP, seeds) of a way of retrieval, and its MFLOPs a query."""
-    found = np.stack([_values(metrics, f"omniglot/retrieval/{way}/{what}") for what in ("nn", "map")])
-    return found, float(_values(metrics, f"omniglot/retrieval/{way}/mflops")[0])
+    found = np.stack([measured(metrics, f"omniglot/retrieval/{way}/{what}") for what in ("nn", "map")])
+    return found, float(measured(metrics, f"omniglot/retrieval/{way}/mflops")[0])
 
 
 def _single_shot(metrics: Metrics, mflops: float) -> np.ndarray:
@@ -619,8 +607,8 @@ def _tied_distance(metrics: Metrics) -> np.ndarray:
 def _tied_text(metrics: Metrics) -> str:
     small = -_ahead(metrics, "top1", 4, "mrl_e").mean(axis=1)
     return (
-        f"mean |MRL-E - MRL| over m >= 16: {', '.join(f'{value:.1f}' for value in _tied_distance(metrics))}; "
-        f"MRL-E {_listed(_by_size(metrics, 'mrl_e', 'top1', SIZES))}; at m = 4 {small[0]:+.1f}, at 8 {small[1]:+.1f}"
+        f"mean |MRL-E - MRL| over m >= 16: {each(_tied_distance(metrics), '.1f')}; "
+        f"MRL-E {_means(_by_size(metrics, 'mrl_e', 'top1', SIZES))}; at m = 4 {small[0]:+.1f}, at 8 {small[1]:+.1f}"
     )
 
 
@@ -640,7 +628,7 @@ def _interpolates(metrics: Metrics) -> bool:
 
 def _interpolation_text(metrics: Metrics) -> str:
     middle, ends = _between(metrics)
-    return f"1-NN at {BETWEEN}: {_listed(middle)} between {_listed(ends)} ({middle.shape[1]} seeds)"
+    return f"1-NN at {BETWEEN}: {_means(middle)} between {_means(ends)} ({middle.shape[1]} seeds)"
 
 
 def _fashion(metrics: Metrics, what: str) -> np.ndarray:
@@ -660,7 +648,7 @@ def _cascade_text(metrics: Metrics) -> str:
     accuracy, size = _fashion(metrics, "accuracy/64"), _fashion(metrics, "expected/64")
     heads = "; ".join(f"{m}: {_fashion(metrics, f'head/{m}').mean():.2f}" for m in FASHION_SIZES)
     pairs = ", ".join(f"{a:.2f} at expected size {m:.2f}" for a, m in zip(accuracy, size, strict=True))
-    return f"{pairs}; heads {heads}; oracle {_values(metrics, 'fashion/cascade_mrl/oracle').mean():.1f}"
+    return f"{pairs}; heads {heads}; oracle {measured(metrics, 'fashion/cascade_mrl/oracle').mean():.1f}"
 
 
 CLAIMS = (

@@ -1,6 +1,6 @@
 """What trained forecasters show: representations, attention, forecasts, costs (Sec. 4.3). A part of `itransformer`."""
 
-import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -10,9 +10,10 @@ from jax import Array
 from ml_collections import ConfigDict
 
 from experiments.sequence._itransformer_training import Trained, forecast, set_up, task_of
+from experiments.timing import seconds_in_turns, temporary_bytes
 from jaxpapers.data.forecasting import Batch, Table, Windows
 from jaxpapers.sequence.itransformer import Block, ITransformer, VanillaTransformer, analyse, linear_cka
-from jaxpapers.train import jit_once, member, update_program
+from jaxpapers.train import TrainState, jit_once, member, update_program
 
 
 def sample(trained: Trained, count: int) -> Batch:
@@ -108,22 +109,27 @@ def forecasts(trained: Trained, windows: int) -> np.ndarray:
 def update_costs(names: tuple[str, ...], tables: dict[str, Table], config: ConfigDict) -> dict[str, Any]:
     """`<stage>/update_ms` and `/update_bytes`: what an update of all seeds takes, time and temporary memory.
 
-    Times are medians of calls in turns, so that what else the machine does falls on all stages alike.
+    Times are medians of calls in turns.
     """
-    programs, states, metrics = {}, {}, {}
+    metrics: dict[str, Any] = {}
+    calls: dict[str, Callable[[], Any]] = {}
     for name in names:
         stage = config.stages[name]
         setup = set_up(task_of(tables[stage.data], stage), stage, config)
-        program = update_program(setup.train_step, setup.batches, 1).lower(setup.state, setup.keys).compile()
-        metrics[f"{name}/update_bytes"] = program.memory_analysis().temp_size_in_bytes
-        programs[name], states[name] = program, (setup.state, setup.keys)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for _ in range(config.cost_repeats + 1):
-        for name in names:
-            state, keys = states[name]
-            start = time.perf_counter()
-            state, _ = jax.block_until_ready(programs[name](state, keys))
-            seconds[name].append(time.perf_counter() - start)
-            states[name] = state, keys
-    # The first call of each warms up.
-    return metrics | {f"{name}/update_ms": 1e3 * np.median(taken[1:]) for name, taken in seconds.items()}
+        data = jax.device_put(setup.batches.data)
+        program = update_program(setup.train_step, setup.batches, 1).lower(setup.state, setup.keys, data).compile()
+        metrics[f"{name}/update_bytes"] = temporary_bytes(program)
+        calls[name] = _repeated(program, setup.state, setup.keys, data)
+    seconds = seconds_in_turns(calls, config.cost_repeats)
+    return metrics | {f"{name}/update_ms": 1e3 * np.median(taken) for name, taken in seconds.items()}
+
+
+def _repeated(program: Callable, state: TrainState, *rest: Any) -> Callable[[], TrainState]:
+    """One update after the other: each call takes the state of the last one, which the program donates."""
+
+    def update() -> TrainState:
+        nonlocal state
+        state, _ = program(state, *rest)
+        return state
+
+    return update

@@ -26,10 +26,9 @@ def _bars(ax: Axes, groups: Mapping[str, Mapping[str, Any]], colours: Mapping[st
     for place, series in enumerate(groups.values()):
         for index, (name, values) in enumerate(series.items()):
             x = place + (index - (len(series) - 1) / 2) * width
-            values = np.atleast_1d(np.asarray(values, float))
-            ax.bar(x, values.mean(), width, color=colours[name])
-            ax.plot(np.full(len(values), x), values, ".", color="black", markersize=4)
-    ax.set_xticks(range(len(groups)), list(groups), rotation=30, ha="right", fontsize=8)
+            ax.bar(x, np.mean(np.asarray(values, float)), width, color=colours[name])
+            figures.dots(ax, x, values, ".", color="black", markersize=4)
+    figures.names_below(ax, list(groups), rotation=30)
 
 
 def promotions(metrics: Metrics) -> dict[str, dict[str, Any]]:
@@ -75,10 +74,8 @@ def draw_look_back(metrics: Metrics) -> Figure:
     curves = look_backs(metrics)
     figure, axes = figures.panels(len(curves))
     for index, (ax, (name, rows)) in enumerate(zip(axes, curves.items(), strict=True)):
-        steps, values = list(rows), list(rows.values())
-        colour = COLOUR["vanilla" if "vanilla" in name else "inverted"]
-        ax.plot(steps, [row.mean() for row in values], "o-", color=colour)
-        ax.fill_between(steps, [row.min() for row in values], [row.max() for row in values], color=colour, alpha=0.2)
+        steps, colour = list(rows), COLOUR["vanilla" if "vanilla" in name else "inverted"]
+        figures.mean_and_range(ax, steps, rows.values(), "o-", color=colour)
         ax.set(xlabel="look-back (steps)", title=name.replace("_", " "))
         ax.set_xticks(steps, steps)
         if index == 0:
@@ -155,7 +152,7 @@ def draw_forecasts(trained: Mapping[str, Trained], windows: int = 3, variates: S
     first = next(iter(trained.values()))
     x, y, _ = sample(first, windows)
     size = (3.4 * windows, 2.3 * len(variates))
-    figure, grid = figures.plt.subplots(len(variates), windows, figsize=size, squeeze=False, layout="constrained")
+    figure, grid = figures.grid(len(variates), windows, size)
     T, S = x.shape[1], y.shape[1]
     for row, variate in zip(grid, variates, strict=True):
         for column, ax in enumerate(row):
@@ -167,15 +164,13 @@ def draw_forecasts(trained: Mapping[str, Trained], windows: int = 3, variates: S
         row[0].set(ylabel="standard deviations")
     for ax in grid[-1]:
         ax.set(xlabel="steps")
-    handles, labels = grid[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, fontsize=8, loc="outside lower center", ncol=len(labels))
+    figures.legend_below(figure, 1 + len(found))
     return figure
 
 
 def draw_attention(found: Mapping[str, AttentionMaps]) -> Figure:
     """First layer's map, correlations of the look-back; last layer's map, correlations of the future (Fig. 7)."""
-    size = (12.0, 3.1 * len(found))
-    figure, grid = figures.plt.subplots(len(found), 4, figsize=size, squeeze=False, layout="constrained")
+    figure, grid = figures.grid(len(found), 4, (12.0, 3.1 * len(found)))
     for row, (name, maps) in zip(grid, found.items(), strict=True):
         parts = {
             "first layer": maps.maps[0],

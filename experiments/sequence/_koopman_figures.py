@@ -23,7 +23,15 @@ NAMES = {
     "information": "information alone",
     "full": "full loss",
 }
-COLOUR = dict(zip(NAMES, ("#000000", "#56b4e9", "#e69f00", "#d55e00", "#009e73", "#cc79a7", "#0072b2"), strict=True))
+COLOUR = {
+    "dmd": figures.BLACK,
+    "kkr": figures.SKY,
+    "vae": figures.ORANGE,
+    "kae": figures.VERMILION,
+    "entropy": figures.GREEN,
+    "information": figures.PURPLE,
+    "full": figures.BLUE,
+}
 TITLES = {
     "lorenz": "Lorenz-63",
     "waves": "travelling waves",
@@ -87,8 +95,7 @@ def draw_eigenvalues(spectra: Mapping[str, Mapping[str, Spectra]], config: Confi
         ax.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal", title=TITLES.get(stage, stage))
         ax.set(xlabel="real part")
     axes[0].set(ylabel="imaginary part")
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, fontsize=8, loc="outside lower center", ncol=2)
+    figures.legend_below(figure, 2)
     return figure
 
 
@@ -105,8 +112,7 @@ def draw_forecasts(scores: Mapping[str, Mapping[str, list[Score]]], config: Conf
         for ax in axes[2:]:
             ax.sharey(axes[1])
     axes[0].set(ylabel="normalised error")
-    handles = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), fontsize=8, loc="outside lower center", ncol=6)
+    figures.legend_below(figure, 6)
     return figure
 
 
@@ -114,10 +120,9 @@ def _errors(ax: Axes, curves: Mapping[str, list[np.ndarray]]) -> None:
     for name, rows in curves.items():
         values = np.maximum(np.stack(rows), 1e-6)
         steps = np.arange(1, values.shape[1] + 1)
-        ax.semilogy(steps, values.mean(axis=0), color=COLOUR[name], label=NAMES[name], linewidth=1.3)
-        ax.fill_between(steps, values.min(axis=0), values.max(axis=0), color=COLOUR[name], alpha=0.15, linewidth=0)
+        figures.mean_and_range(ax, steps, values.T, color=COLOUR[name], label=NAMES[name], linewidth=1.3)
     top = max(float(np.median(np.stack(rows)[:, -1])) for rows in curves.values())
-    ax.set(ylim=(None, min(10.0, 3 * top)))
+    ax.set(yscale="log", ylim=(None, min(10.0, 3 * top)))
 
 
 def draw_fields(scores: Mapping[str, Mapping[str, list[Score]]], data: Data, config: ConfigDict) -> Figure:
@@ -130,9 +135,7 @@ def draw_fields(scores: Mapping[str, Mapping[str, list[Score]]], data: Data, con
                 rows[NAMES[name] + suffix] = found[0].forecast
     limit = float(np.abs(data.test[0]).max())
     size = (1.5 * len(rows) + 1, 1.6 * len(config.horizons))
-    figure, grid = figures.plt.subplots(
-        len(config.horizons), len(rows), figsize=size, squeeze=False, layout="constrained"
-    )
+    figure, grid = figures.grid(len(config.horizons), len(rows), size)
     for column, (name, forecast) in zip(grid.T, rows.items(), strict=True):
         column[0].set_title(name)
         for ax, step in zip(column, config.horizons, strict=True):

@@ -73,10 +73,8 @@ def draw_tasks(metrics: Metrics, config: ConfigDict) -> Figure:
     for ax, name in zip(axes, names, strict=True):
         for index, mixer in enumerate(config.tasks[name].mixers):
             what = "last" if name == "parity" else "accuracy"
-            values = np.atleast_1d(metrics[f"tasks/{name}/{mixer}/{what}"])
-            ax.plot(np.full(len(values), index), values, "o", color=figures.COLOURS[index])
-        labels = [NAMES[mixer] for mixer in config.tasks[name].mixers]
-        ax.set_xticks(range(len(labels)), labels, rotation=60, ha="right", fontsize=8)
+            figures.dots(ax, index, metrics[f"tasks/{name}/{mixer}/{what}"], color=figures.COLOURS[index])
+        figures.names_below(ax, [NAMES[mixer] for mixer in config.tasks[name].mixers])
         ax.set(title=name, ylim=(0, 1.05))
     axes[0].set(ylabel="accuracy")
     return figure

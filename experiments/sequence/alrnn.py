@@ -28,6 +28,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
+from experiments.claims import each, measured
 from experiments.harness import Claim, Metrics, Paper, Run
 from experiments.sequence._alrnn_figures import (
     VIEWS,
@@ -59,7 +60,6 @@ from experiments.sequence._alrnn_study import (
     study,
     study_slopes,
 )
-from jaxpapers.data.download import DataNotFound
 from jaxpapers.train import POPULATION_RULES, abstract, abstractly, json_value, member, state_shardings, update_program
 
 PAPER = Paper(
@@ -158,7 +158,7 @@ def programs(config: ConfigDict, mesh: Mesh) -> dict[str, tuple[Callable, tuple]
             orbits = abstract(jax.eval_shape(setup.free_runs, *models), split)
             updates = update_program(setup.train_step, setup.batches, config.updates_per_call, shardings)
             jitted |= {
-                f"{stage}/updates": (updates, (state, keys)),
+                f"{stage}/updates": (updates, (state, keys, data)),
                 f"{stage}/free_runs": (setup.free_runs, models),
                 f"{stage}/measures": (setup.measures, (data, orbits)),
                 f"{stage}/prediction_errors": (prediction_errors, (*models, data)),
@@ -174,14 +174,7 @@ def programs(config: ConfigDict, mesh: Mesh) -> dict[str, tuple[Callable, tuple]
 def run(config: ConfigDict, run: Run) -> dict[str, Any]:
     """Trains every system's models, analyses the minimal ones, draws the figures; returns the numbers."""
     check_config(config)
-    metrics: dict[str, Any] = {}
-    data: dict[str, np.ndarray] = {}
-    for name in config.systems:  # all of them first: a missing or corrupt file should not cost a training
-        try:
-            data[name] = load_series(name, config)
-        except DataNotFound as missing:
-            run.say(f"{name} is left out: {missing}")
-            metrics[f"{name}/left_out"] = str(missing)
+    data, metrics = run.load(config.systems, lambda name: load_series(name, config))
     studies: dict[str, Study] = {}
     for name, series in data.items():
         studies[name] = study(name, name, series, p_sweep(config[name], config.num_seeds), config, run)
@@ -222,21 +215,13 @@ ROSSLER_SPIRAL = np.array([-0.033, 0.174, -0.297])
 EXPONENTS = {"lorenz63": 0.00906, "rossler": 0.0057}
 
 
-def _listed(values: Any, digits: int = 2) -> str:
-    return ", ".join("failed" if not np.isfinite(value) else f"{value:.{digits}f}" for value in map(float, values))
-
-
-def _worst(values: Any) -> np.ndarray:
-    """A diverged seed counts as worst, not as absent."""
-    return np.nan_to_num(np.asarray([float(value) for value in values]), nan=np.inf)
-
-
 def _d_stsp(metrics: Metrics, system: str, num_pwl: int) -> np.ndarray:
-    return _worst(metrics[f"{system}/P{num_pwl}/d_stsp"])
+    """One a seed; a diverged one counts as worst, not as absent."""
+    return measured(metrics, f"{system}/P{num_pwl}/d_stsp", failed=np.inf)
 
 
 def _sweep_text(metrics: Metrics, system: str) -> str:
-    return "; ".join(f"P={p}: {_listed(metrics[f'{system}/P{p}/d_stsp'])}" for p in (0, 1, 2))
+    return "; ".join(f"P={p}: {each(metrics[f'{system}/P{p}/d_stsp'], '.2f')}" for p in (0, 1, 2))
 
 
 def _lorenz_needs_two(metrics: Metrics) -> bool:
@@ -283,7 +268,7 @@ def _mechanism_is_true(metrics: Metrics) -> bool:
 
 def _mechanism_text(metrics: Metrics) -> str:
     lobes, spirals = _fixed_point_distances(metrics)
-    lorenz = "; ".join(_listed(row) for row in lobes)
+    lorenz = "; ".join(each(row, ".2f") for row in lobes)
     rossler = "; ".join(f"{distance:.2f}, radius {radius:.4f}" for distance, radius in spirals)
     seeds = len(metrics["lorenz63/minimal/fixed_points"])
     return (
@@ -308,7 +293,7 @@ def _chaos_is_true(metrics: Metrics) -> bool:
 
 def _chaos_text(metrics: Metrics) -> str:
     return "; ".join(
-        f"{system}: {_listed(values, 4)} ({len(values)} of {len(metrics[f'{system}/minimal/exponent'])} seeds)"
+        f"{system}: {each(values, '.4f')} ({len(values)} of {len(metrics[f'{system}/minimal/exponent'])} seeds)"
         for system, values in _exponents(metrics).items()
     )
 

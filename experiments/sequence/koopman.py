@@ -34,6 +34,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from experiments.catalogue import require
+from experiments.claims import each, mean_and_each, measured
 from experiments.harness import Claim, Metrics, Paper, Run
 from experiments.sequence import _koopman_control as control
 from experiments.sequence._koopman_figures import (
@@ -319,7 +320,7 @@ def programs(config: ConfigDict, mesh: Mesh) -> dict[str, tuple[Callable, tuple]
     def population(setup: Population | control.ControlSetup, updates_per_call: int) -> tuple[Callable, tuple]:
         shardings = state_shardings(setup.state, mesh)
         updates = update_program(setup.train_step, setup.batches, updates_per_call, shardings)
-        return updates, (abstract(setup.state, shardings), abstract(setup.keys, whole))
+        return updates, (abstract(setup.state, shardings), *abstract((setup.keys, setup.batches.data), whole))
 
     for name in config.stages:
         data = config.stages[name].data
@@ -390,13 +391,9 @@ def study(
     return spectra, scores, metrics
 
 
-def _values(metrics: Metrics, key: str) -> np.ndarray:
-    return np.atleast_1d(np.asarray(metrics[key], float))
-
-
 def _dimensions(metrics: Metrics) -> tuple[np.ndarray, np.ndarray]:
     """Effective dimensions without and with the entropy, one a seed."""
-    without, with_ = (_values(metrics, f"lorenz/{variant}/effective_dimension") for variant in ("kae", "entropy"))
+    without, with_ = (measured(metrics, f"lorenz/{variant}/effective_dimension") for variant in ("kae", "entropy"))
     return without, with_
 
 
@@ -406,27 +403,27 @@ def _entropy_prevents_collapse(metrics: Metrics) -> bool:
 
 
 def _collapse_text(metrics: Metrics) -> str:
-    without, with_ = (", ".join(f"{value:.1f}" for value in row) for row in _dimensions(metrics))
+    without, with_ = (each(row, ".1f") for row in _dimensions(metrics))
     return f"gamma = 0: {without}; gamma > 0: {with_} of {metrics['lorenz/dim']} ({len(_dimensions(metrics)[0])} seeds)"
 
 
 def _fills_as_it_should(metrics: Metrics) -> bool:
-    weights, residuals = _values(metrics, "water/weights"), _values(metrics, "water/residuals")
-    allocations, totals = _values(metrics, "water/allocations"), _values(metrics, "water/totals")
+    weights, residuals = measured(metrics, "water/weights"), measured(metrics, "water/residuals")
+    allocations, totals = measured(metrics, "water/allocations"), measured(metrics, "water/totals")
     plain = weights == 0
     collapsed = bool(np.all(np.sum(allocations[plain] == 0, axis=1) > 0))
     alive = bool(np.all(allocations[~plain] > 0))
     exact = bool(np.all(residuals < 1e-6) and np.all(np.abs(totals - 1) < 1e-6))
-    rising = bool(np.all(np.diff(_values(metrics, "water/dimensions")[np.argsort(weights)]) > 0))
+    rising = bool(np.all(np.diff(measured(metrics, "water/dimensions")[np.argsort(weights)]) > 0))
     return bool(plain.any() and not plain.all()) and collapsed and alive and exact and rising
 
 
 def _water_text(metrics: Metrics) -> str:
-    names = [f"{value:g}" for value in _values(metrics, "water/weights")]
-    dimensions, allocations = _values(metrics, "water/dimensions"), _values(metrics, "water/allocations")
+    names = [f"{value:g}" for value in measured(metrics, "water/weights")]
+    dimensions, allocations = measured(metrics, "water/dimensions"), measured(metrics, "water/allocations")
     rows = [f"{name}: {value:.3f}" for name, value in zip(names, dimensions, strict=True)]
-    plain = ", ".join(f"{value:.5g}" for value in allocations[0])
-    worst = _values(metrics, "water/residuals").max()
+    plain = each(allocations[0], ".5g")
+    worst = measured(metrics, "water/residuals").max()
     return f"gamma = {names[0]}: ({plain}); exp S at gamma = {'; '.join(rows)}; residual {worst:.0e}"
 
 
@@ -435,7 +432,7 @@ def _information_errors(metrics: Metrics) -> tuple[float, float]:
     exact, sampled = [], []
     for n in metrics["information/steps"]:
         closed, joint, estimate = (
-            _values(metrics, f"information/n{n}/{name}") for name in ("closed", "joint", "sampled")
+            measured(metrics, f"information/n{n}/{name}") for name in ("closed", "joint", "sampled")
         )
         exact.append(np.max(np.abs(closed - joint)))
         sampled.append(np.max(np.abs(estimate / closed - 1)))
@@ -450,15 +447,14 @@ def _closed_form_is_right(metrics: Metrics) -> bool:
 def _information_text(metrics: Metrics) -> str:
     exact, sampled = _information_errors(metrics)
     closed = "; ".join(
-        f"n = {n}: {', '.join(f'{value:.3f}' for value in _values(metrics, f'information/n{n}/closed'))}"
-        for n in metrics["information/steps"]
+        f"n = {n}: {each(measured(metrics, f'information/n{n}/closed'))}" for n in metrics["information/steps"]
     )
     return f"off by {exact:.0e}, samples by {sampled:.2%}; {closed} nats"
 
 
 def _wave_errors(metrics: Metrics, variant: str, stage: str = "waves") -> np.ndarray:
-    """After 50 steps, one a seed; a forecast that is not finite counts as infinitely wrong."""
-    return np.nan_to_num(_values(metrics, f"{stage}/{variant}/error/50"), nan=np.inf)
+    """After 50 steps, one a seed."""
+    return measured(metrics, f"{stage}/{variant}/error/50")
 
 
 def _forecasts_as_far(metrics: Metrics) -> bool:
@@ -472,7 +468,7 @@ def _forecast_text(metrics: Metrics) -> str:
     for stage, prefix in (("waves", ""), ("waves_least_squares", "not claimed, K by least squares while training: ")):
         if f"{stage}/full/error/50" in metrics:
             rows = {name: _wave_errors(metrics, name.split()[0].lower(), stage) for name in ("full loss", "KAE")}
-            parts = [f"{name} {row.mean():.4f} ({', '.join(f'{v:.4f}' for v in row)})" for name, row in rows.items()]
+            parts = [f"{name} {mean_and_each(row, '.4f')}" for name, row in rows.items()]
             texts.append(prefix + "; ".join(parts))
     return "; ".join(texts)
 

@@ -33,6 +33,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from experiments.catalogue import require
+from experiments.claims import each, measured
 from experiments.harness import Claim, Metrics, Paper, Run
 from experiments.sequence._pararnn_figures import (
     NAMES,
@@ -58,8 +59,7 @@ from experiments.sequence._pararnn_training import (
     study_tasks,
 )
 from jaxpapers.components.polycom import ACTIVATIONS
-from jaxpapers.data.download import DataNotFound
-from jaxpapers.data.text import OWN_SOURCE, TEXTS, Corpus
+from jaxpapers.data.text import ENCODINGS, OWN_SOURCE, TEXTS, vocabulary_size
 from jaxpapers.ops.newton import METHODS
 from jaxpapers.sequence.pararnn import MIXERS, SIZES, VOCABULARY
 from jaxpapers.train import abstract, abstractly, state_shardings, update_program
@@ -72,7 +72,6 @@ PAPER = Paper(
     code="apple/ml-pararnn",
 )
 COVER = "residuals"
-CHARACTERS = 65  # different ones in Tiny Shakespeare
 
 
 def get_config(preset: str = "small") -> ConfigDict:
@@ -183,8 +182,8 @@ def check_config(config: ConfigDict) -> None:
     for field in ("num_seeds", "width", "num_heads", "updates_per_call"):
         require(config[field] >= 1, field, config[field], "at least 1")
     require(config.width % config.num_heads == 0, "width", config.width, f"a multiple of num_heads={config.num_heads}")
-    texts = (*TEXTS, OWN_SOURCE)
-    require(config.lm.text in texts, "lm.text", config.lm.text, f"one of {texts}")
+    require(config.lm.text in TEXTS, "lm.text", config.lm.text, f"one of {TEXTS}")
+    require(config.lm.encoding in ENCODINGS, "lm.encoding", config.lm.encoding, f"one of {ENCODINGS}")
     require(not config.lm.size or config.lm.size in SIZES, "lm.size", config.lm.size, f"empty or one of {[*SIZES]}")
     require(config.lm.method in METHODS, "lm.method", config.lm.method, f"one of {METHODS}")
     require(config.lm.activation in ACTIVATIONS, "lm.activation", config.lm.activation, f"one of {ACTIVATIONS}")
@@ -214,7 +213,7 @@ def programs(config: ConfigDict, mesh: Mesh) -> dict[str, tuple[Callable, tuple]
                 setup = set_up_task(name, mixer, config, abstractly)
                 updates = update_program(setup.train_step, setup.batches, config.updates_per_call)
                 jitted[f"tasks/{name}/{mixer}"] = (updates, (abstract(setup.state, whole), abstract(setup.keys, whole)))
-    vocab_size = VOCABULARY if config.lm.size else CHARACTERS
+    vocab_size = VOCABULARY if config.lm.size else vocabulary_size(config.lm.text, config.lm.encoding)
     for mixer in config.lm.mixers:
         setup_lm = set_up_lm(mixer, vocab_size, config, mesh if mesh.size > 1 else None, abstractly)
         shardings = state_shardings(setup_lm.state, mesh, setup_lm.rules)
@@ -230,13 +229,7 @@ def programs(config: ConfigDict, mesh: Mesh) -> dict[str, tuple[Callable, tuple]
 def run(config: ConfigDict, run: Run) -> dict[str, Any]:
     """Measures the solver, trains tasks and language models, draws the figures; returns the numbers."""
     check_config(config)
-    metrics: dict[str, Any] = {}
-    corpus: Corpus | None = None
-    try:
-        corpus = load_corpus(config)
-    except DataNotFound as missing:
-        run.say(f"the language models are left out: {missing}")
-        metrics["lm/left_out"] = str(missing)
+    corpora, metrics = run.load(["lm"], lambda _: load_corpus(config), said="the language models are")
     metrics |= analyse_convergence(config)
     run.figure("residuals", draw_residuals(metrics, config))
     metrics |= analyse_exactness(config)
@@ -246,8 +239,8 @@ def run(config: ConfigDict, run: Run) -> dict[str, Any]:
     run.figure("speed", draw_speed(metrics))
     metrics |= study_tasks(config, run)
     run.figure("tasks", draw_tasks(metrics, config))
-    if corpus is not None:
-        metrics |= study_language(corpus, config, run)
+    if corpora:
+        metrics |= study_language(corpora["lm"], config, run)
         run.figure("language", draw_language(run.workdir, config))
     return metrics
 
@@ -274,7 +267,7 @@ def _newton_text(metrics: Metrics) -> str:
     found = _newton(metrics)
     seeds = len(next(iter(found.values())))
     worst = {cell: np.max([row.max(axis=0) for key, row in found.items() if key[0] == cell], axis=0) for cell in CELLS}
-    rows = [f"{NAMES[cell]} {', '.join(f'{value:.0e}' for value in row)}" for cell, row in worst.items()]
+    rows = [f"{NAMES[cell]} {each(row, '.0e')}" for cell, row in worst.items()]
     return f"k = 0..4, worst of all widths, lengths and {seeds} seeds: {'; '.join(rows)}"
 
 
@@ -302,17 +295,17 @@ def _exact_text(metrics: Metrics) -> str:
 
 
 def _last(metrics: Metrics, mixer: str) -> np.ndarray:
-    return np.atleast_1d(np.asarray(metrics[f"tasks/parity/{mixer}/last"], float))
+    return measured(metrics, f"tasks/parity/{mixer}/last")
 
 
 def _only_nonlinear_count(metrics: Metrics) -> bool:
-    linear = max(_last(metrics, mixer).max() for mixer in ("linear", "attention"))
+    linear = np.max([_last(metrics, mixer).max() for mixer in ("linear", "attention")])  # NaN if one is
     return bool(_last(metrics, "gru").min() >= 0.99 and linear <= 0.60)
 
 
 def _parity_text(metrics: Metrics) -> str:
     rows = {mixer: _last(metrics, mixer) for mixer in MIXERS if f"tasks/parity/{mixer}/last" in metrics}
-    return "; ".join(f"{NAMES[mixer]} {', '.join(f'{v:.3f}' for v in row)}" for mixer, row in rows.items())
+    return "; ".join(f"{NAMES[mixer]} {each(row)}" for mixer, row in rows.items())
 
 
 def _clip_rows(metrics: Metrics, amplitudes: tuple[float, ...]) -> np.ndarray:

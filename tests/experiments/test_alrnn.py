@@ -163,7 +163,7 @@ def test_smoke_writes_the_minimal_model_as_affine_maps(smoke):
     assert sum(region["occupation"] for region in model["regions"]) == pytest.approx(1)
 
 
-class Silent:
+class Silent(Run):
     """A run that keeps what it is told and draws nothing to disk."""
 
     def __init__(self, workdir):

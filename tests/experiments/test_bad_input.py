@@ -342,7 +342,7 @@ def test_random_overrides_never_end_in_a_traceback(workdir, capsys, monkeypatch)
     def begin(run, stage, state, train_step, batches, num_steps, *, key, steps_per_call, **options):
         program = update_program(train_step, batches, min(steps_per_call, num_steps))
         if len(started) % 3:
-            jax.eval_shape(program, state, key)
+            jax.eval_shape(program, state, key, batches.data)
         else:
             fit(state, train_step, batches, steps_per_call, key=key, steps_per_call=steps_per_call)
         started.append(stage)

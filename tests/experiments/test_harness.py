@@ -10,13 +10,15 @@ import types
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from experiments import catalogue, cli, launch
 from experiments.catalogue import UsageError
-from experiments.harness import PRESETS, Claim, Paper, check_claims
+from experiments.harness import PRESETS, Claim, Paper, Run, check_claims
 from experiments.ledger import collect
 from experiments.overrides import override
 from experiments.report import markdown
+from jaxpapers.data.download import CorruptData, DataNotFound
 from jaxpapers.train import make_mesh, read_metrics
 from tests.experiments.toy import CRASH, TOY, toy_config
 
@@ -29,6 +31,23 @@ def test_claims_hold_fail_or_are_not_run():
     claims = check_claims(TOY.CLAIMS, {"w": 0.01})
     assert [claim["status"] for claim in claims] == ["holds", "fails", "not run: no v"]
     assert [claim["ours"] for claim in claims] == ["0.010", "0.010", ""]
+
+
+def test_data_without_a_file_are_left_out_with_a_word(tmp_path, capsys):
+    def read(name):
+        if name == "absent":
+            raise DataNotFound("no file")
+        if name == "corrupt":
+            raise CorruptData("half a file")
+        return len(name)
+
+    run = Run(tmp_path, Console(width=100))
+    assert run.load(("one", "absent", "three"), read) == ({"one": 3, "three": 5}, {"absent/left_out": "no file"})
+    assert capsys.readouterr().out == "absent is left out: no file\n"
+    assert run.load(["absent"], read, said="texts of {} are", key="lm/{}") == ({}, {"lm/absent/left_out": "no file"})
+    assert capsys.readouterr().out == "texts of absent are left out: no file\n"
+    with pytest.raises(CorruptData):
+        run.load(["corrupt"], read)
 
 
 def test_a_run_leaves_what_the_design_promises(toy, capsys):
@@ -257,6 +276,7 @@ def test_the_record_is_of_todays_config_and_claims(slug):
     assert record["config"] == settings, f"run `python -m experiments run {slug} --record` again"
     claims = [(claim.id, claim.statement) for claim in catalogue.load(slug).CLAIMS]
     assert [(row["id"], row["statement"]) for row in record["claims"]] == claims
+    assert check_claims(catalogue.load(slug).CLAIMS, record["metrics"]) == record["claims"]
     assert record["seconds"] < 15 * 60
 
 

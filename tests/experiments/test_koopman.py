@@ -121,7 +121,7 @@ def test_an_update_moves_a_learned_operator_and_variants_share_their_start(smoke
     assert np.abs(np.linalg.eigvals(K[0])).max() < 1  # small and random
     assert not np.allclose(K[0], np.diag(np.diag(K[0])), atol=0.1)
     with launch._quick_compilation(True):
-        state, metrics = jax.jit(setup.train_step)(setup.state, setup.batches.batch_at(0), setup.keys)
+        state, metrics = jax.jit(setup.train_step)(setup.state, setup.batches.batch_at(0, trajectories), setup.keys)
     moved = np.abs(np.asarray(state.params["K"]) - K).max(axis=(1, 2))
     assert (moved > 1e-4).all()
     assert not np.isclose(*metrics["grad_norm"], rtol=1e-3)  # their losses differ

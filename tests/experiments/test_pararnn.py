@@ -225,6 +225,7 @@ def test_the_smoke_run_with_polynorm(tmp_path, monkeypatch):
     ("assignment", "message"),
     [
         (("lm", "text", "shakespear"), "config.lm.text=shakespear must be one of"),
+        (("lm", "encoding", "words"), "config.lm.encoding=words must be one of"),
         (("lm", "size", "3B"), "config.lm.size=3B must be empty or one of"),
         (("lm", "rate", 0.0), "config.lm.rate=0.0 must be above 0"),
         (("lm", "batch_size", -1), "config.lm.batch_size=-1 must be at least 1"),  # no size, no row

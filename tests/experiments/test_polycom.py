@@ -191,8 +191,8 @@ def test_members_of_a_population_share_seeds_and_batches_and_differ_in_the_rate(
     config.stages.polynorm.num_seeds = 0
     config.stages.relu = {**config.stages.polynorm, "activation": "relu"}
     setup, other = (training.set_up_population(name, text, 11, config) for name in ("polynorm", "relu"))
-    batch = np.asarray(setup.batches.batch_at(3))
-    np.testing.assert_array_equal(batch, other.batches.batch_at(3))
+    batch = np.asarray(setup.batches.batch_at(3, text))
+    np.testing.assert_array_equal(batch, other.batches.batch_at(3, text))
     np.testing.assert_array_equal(batch[0], batch[2])
     assert (batch[0] != batch[1]).any()
     head = np.asarray(setup.state.params["head"]["kernel"])
@@ -276,9 +276,7 @@ TINY = Size(64, 1, 2, 24, 97, 0, 0, 3e-3, 0.1, 16, 8, DECAYS)
 
 @pytest.fixture
 def tiny(monkeypatch):
-    """The preset of the paper with sizes that a test can train, and programs that compile quickly, as in smoke runs."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
+    """The preset of the paper with sizes that a test can train."""
     monkeypatch.setitem(SIZES, "1B", TINY)
     monkeypatch.setitem(SIZES, "1B-7B", TINY._replace(num_experts=4, top_k=2))
     config = experiment.get_config("paper")
@@ -286,8 +284,7 @@ def tiny(monkeypatch):
         config[group] = experiment.get_config("smoke")[group]
     config.lm.update({"length": 12, "dtype": "float32", "updates_per_call": 2, "evaluate_every": 4})
     config.lm.update({"loss_chunk": 5, "attention_chunk": 5})
-    yield config
-    jax.config.update("jax_disable_most_optimizations", before)
+    return config
 
 
 def write_tokens(folder, vocab_size=97, validation=400):

@@ -8,13 +8,13 @@ import statistics
 from html.parser import HTMLParser
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
 from experiments import launch
 from experiments import ledger as ledgers
 from experiments.catalogue import RESULTS, UsageError
+from experiments.figures import panels
 from experiments.harness import Claim, Paper
 from experiments.ledger import collect
 from experiments.report import write_report
@@ -57,11 +57,10 @@ def leave_run(folder, contents, figures=()):
     (folder / "results.json").write_text(json.dumps(contents))
     (folder / "figures").mkdir()
     for name in figures:
-        figure, axes = plt.subplots(figsize=(7, 4))
-        axes.plot(np.sin(np.arange(50) / 5))
-        axes.set(xlabel="time", ylabel="height")
+        figure, (ax,) = panels(1, 7.0, 4.0)
+        ax.plot(np.sin(np.arange(50) / 5))
+        ax.set(xlabel="time", ylabel="height")
         figure.savefig(folder / "figures" / f"{name}.png", dpi=150)
-        plt.close(figure)
     return folder
 
 

@@ -3,11 +3,11 @@
 import types
 
 import jax
-import matplotlib.pyplot as plt
 import numpy as np
 import optax
 from ml_collections import ConfigDict
 
+from experiments import figures
 from experiments.harness import Claim, Paper
 from jaxpapers.train import OnDevice, create_state, make_train_step
 
@@ -49,10 +49,9 @@ def toy_run(config, run):
         evaluate=evaluate,
         evaluate_every=2,
     )
-    figure, axes = plt.subplots()
-    axes.plot([0, 1])
+    figure, (ax,) = figures.panels(1)
+    ax.plot([0, 1])
     run.figure("line", figure)
-    plt.close(figure)
     return {
         "w": np.float32(fitted.state.params["w"]),
         "lost": float("nan"),
