@@ -46,18 +46,22 @@ def papers() -> list[str]:
 
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks training", description=__doc__.partition("\n")[0])
-    parser.add_argument("slug", nargs="*", choices=papers(), help="papers; all of them without")
+    known = papers()
+    parser.add_argument("slug", nargs="*", help=f"of {', '.join(known)}; all of them without")
     parser.add_argument("--rounds", type=int, default=9, help="samples of each side")
     parser.add_argument("--torch-threads", type=int, help="threads of PyTorch; its own choice without")
     parser.add_argument("--json", help="file for the figures")
     args = parser.parse_args(argv)
+    for slug in args.slug:  # `choices` would refuse the empty list, too
+        if slug not in known:
+            parser.error(f"there is no rival of {slug!r}, only of {', '.join(known)}")
     torch = import_torch()
     if args.torch_threads is not None:
         torch.set_num_threads(args.torch_threads)
     where = environment() | {"torch": torch.__version__, "torch threads": torch.get_num_threads()}
 
     print(f"{environment_line()}, torch {where['torch']}, torch threads {where['torch threads']}")
-    results = {slug: compare(torch, slug, args.rounds) for slug in args.slug or papers()}
+    results = {slug: compare(torch, slug, args.rounds) for slug in args.slug or known}
     summarise(results)
     if args.json:
         write_json(args.json, {"environment": where, "seconds": results})
