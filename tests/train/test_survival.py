@@ -46,7 +46,7 @@ PATIENCE = 120  # seconds for what takes two or three: the machine may be busy
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
-    """One device, quick compilation, a cache of these tests alone, and no torch, which tensorboardX would import."""
+    """One device, a cache of these tests alone, and no torch, which tensorboardX would import."""
     without_torch = tmp_path_factory.mktemp("path")
     (without_torch / "torch.py").write_text("raise ImportError\n")
     return os.environ | {
@@ -54,7 +54,6 @@ def environment(tmp_path_factory):
         "XLA_FLAGS": "",
         "JAX_COMPILATION_CACHE_DIR": str(REPOSITORY / ".cache" / "survival"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "PYTHONPATH": f"{without_torch}:{REPOSITORY}",
     }
 
