@@ -3,6 +3,7 @@
 Map of the room:
 
 - `attention`: full, flash, causal, flow, ProbSparse and LSH attention, as functions of queries, keys and values.
+- `dense`: dense layers as plain products of two matrices, which CPUs are faster with.
 - `encoder`: a Transformer as PyTorch has it: attention with biases, encoder and decoder blocks, sinusoidal positions.
 - `transformer`: a decoder-only Transformer: rotary positions, causal attention with a cache, SwiGLU.
 - `vit`, `patches`: vision transformers; grids as patches and back.

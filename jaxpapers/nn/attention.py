@@ -122,9 +122,8 @@ def causal_attention(
 ) -> Float[Array, "batch time heads head_dim"]:
     """Full attention to the past and the present, some queries at a time, in float32 at least.
 
-    Beside `full_attention(..., causal=True)` it has neither mask nor dropout, leaves the product to JAX, which has
-    kernels for it on some devices, and bounds the memory where chunks are given. `flash_attention` goes by chunks of
-    keys instead, all queries at once.
+    `full_attention(..., causal=True)` without mask and dropout, whose memory chunks bound. `flash_attention` goes by
+    chunks of keys instead, all queries at once.
 
     Args:
         q: queries.
@@ -139,7 +138,7 @@ def causal_attention(
     """
     q, k, v = (jnp.asarray(each) for each in (q, k, v))
     if chunk is None:
-        return jax.nn.dot_product_attention(q, k, v, is_causal=True)
+        return full_attention(q, k, v, causal=True)
     if chunk < 1:
         raise ValueError(f"attention's chunk must be at least 1, got {chunk}")
     batch, time, *shape = q.shape
@@ -150,7 +149,7 @@ def causal_attention(
     def attend(part: tuple[Array, Array]) -> Array:
         start, q = part
         past = jnp.arange(time) <= start + jnp.arange(chunk)[:, None]
-        return jax.nn.dot_product_attention(q, k, v, mask=past[None, None])
+        return full_attention(q, k, v, mask=past)
 
     # The loop keeps XLA from merging the second computation with the first.
     out = lax.map(jax.checkpoint(attend, prevent_cse=False), (chunk * jnp.arange(len(chunks)), chunks))

@@ -22,6 +22,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from jaxpapers.nn.dense import Dense
+
 
 def torch_default_kernel_init(
     key: PRNGKeyArray, shape: Sequence[int], dtype: DTypeLike = jnp.float32
@@ -76,7 +78,7 @@ def torch_dense(features: int, inputs: int, **options: Any) -> nn.Dense:
         options: further attributes of `nn.Dense`; they win.
     """
     initialisers = {"kernel_init": torch_default_kernel_init, "bias_init": torch_default_bias_init(inputs)}
-    return nn.Dense(features, **(initialisers | options))
+    return Dense(features, **(initialisers | options))
 
 
 def _uniform(key: PRNGKeyArray, shape: Sequence[int], dtype: DTypeLike, fan_in: int) -> Float[Array, "..."]:

@@ -8,6 +8,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jaxpapers.nn.attention import causal_attention
+from jaxpapers.nn.dense import Dense, DenseGeneral
 from jaxpapers.typing import AnyArray, Initializer
 
 NORM_EPSILON = 1e-5
@@ -78,7 +79,7 @@ class CausalSelfAttention(nn.Module):
         shape = (self.num_heads, width // self.num_heads)
 
         def project(name: str) -> Array:
-            dense = nn.DenseGeneral(shape, use_bias=False, kernel_init=self.kernel_init, dtype=self.dtype, name=name)
+            dense = DenseGeneral(shape, use_bias=False, kernel_init=self.kernel_init, dtype=self.dtype, name=name)
             return dense(x)
 
         q, k, v = (project(name) for name in ("query", "key", "value"))
@@ -94,7 +95,7 @@ class CausalSelfAttention(nn.Module):
             out = causal_attention(q, k, v, chunk=self.chunk)
         else:
             out = self._continued(q, k, v, self.cache_length)
-        return nn.DenseGeneral(
+        return DenseGeneral(
             width, axis=(-2, -1), use_bias=False, kernel_init=self.out_init, dtype=self.dtype, name="out"
         )(out)
 
@@ -137,5 +138,5 @@ class SwiGLU(nn.Module):
     def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
         """Applies the layer."""
         hidden = swiglu_width(x.shape[-1]) if self.hidden is None else self.hidden
-        gate, up = (nn.Dense(hidden, use_bias=False, dtype=self.dtype, name=name)(x) for name in ("gate", "up"))
-        return nn.Dense(x.shape[-1], use_bias=False, dtype=self.dtype, name="down")(nn.silu(gate) * up)
+        gate, up = (Dense(hidden, use_bias=False, dtype=self.dtype, name=name)(x) for name in ("gate", "up"))
+        return Dense(x.shape[-1], use_bias=False, dtype=self.dtype, name="down")(nn.silu(gate) * up)

@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jaxpapers.nn.attention import AttentionFunction, full_attention
+from jaxpapers.nn.dense import Dense
 from jaxpapers.nn.encoder import EncoderBlock
 from jaxpapers.nn.patches import patchify
 from jaxpapers.nn.stack import Stack
@@ -68,7 +69,7 @@ class ViT(nn.Module):
             raise ValueError(f"pool {self.pool!r} is unknown, expected one of {POOLS}")
         patches = patchify(x, (self.patch, self.patch))
         start = nn.initializers.normal(patches.shape[-1] ** -0.5)
-        tokens = nn.Dense(self.width, dtype=self.dtype, kernel_init=start, name="patches")(patches)
+        tokens = Dense(self.width, dtype=self.dtype, kernel_init=start, name="patches")(patches)
         if self.pool == "class":
             token = self.param("class_token", nn.initializers.zeros, (1, 1, self.width))
             shape = (len(x), 1, self.width)

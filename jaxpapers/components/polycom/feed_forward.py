@@ -21,6 +21,7 @@ from jaxpapers.components.polycom.activations import (
     PolyReLUNorm,
     coeffs_from_reference,
 )
+from jaxpapers.nn.dense import Dense
 from jaxpapers.nn.encoder import gelu
 from jaxpapers.typing import AnyArray, Initializer
 
@@ -112,7 +113,7 @@ class FeedForward(nn.Module):
         kernel_init = self.kernel_init or small_init(x.shape[-1])
 
         def dense(features: int, init: Initializer, name: str) -> nn.Dense:
-            return nn.Dense(features, use_bias=False, kernel_init=init, dtype=self.dtype, name=name)
+            return Dense(features, use_bias=False, kernel_init=init, dtype=self.dtype, name=name)
 
         y = dense(self.hidden, kernel_init, "up")(x)
         if self.activation in GATED:

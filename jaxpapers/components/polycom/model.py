@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxpapers.components.polycom.feed_forward import GATED, FeedForward, matched_hidden, small_init
 from jaxpapers.components.polycom.moe import MoEFeedForward
+from jaxpapers.nn.dense import Dense
 from jaxpapers.nn.stack import Stack
 from jaxpapers.nn.transformer import NORM_EPSILON, CausalSelfAttention
 from jaxpapers.typing import AnyArray, Initializer
@@ -149,7 +150,7 @@ class TransformerLM(nn.Module):
         placed = None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec("data"))
         self.blocks = Stack(TransformerBlock, self.num_layers, options, self.remat, self.scan, placed)
         self.norm = nn.RMSNorm(NORM_EPSILON, dtype=self.dtype)
-        self.head = nn.Dense(self.vocab_size, use_bias=False, kernel_init=kernel_init, dtype=self.dtype)
+        self.head = Dense(self.vocab_size, use_bias=False, kernel_init=kernel_init, dtype=self.dtype)
 
     def __call__(
         self, tokens: Int[AnyArray, "batch time"], mask: Bool[AnyArray, "batch time"] | None = None

@@ -23,6 +23,7 @@ from jaxpapers.components.polycom.feed_forward import (
     check_activation,
     small_init,
 )
+from jaxpapers.nn.dense import Dense
 from jaxpapers.nn.moe import apply_experts, grouped_dot, route
 from jaxpapers.typing import AnyArray, Initializer
 
@@ -74,7 +75,7 @@ class MoEFeedForward(nn.Module):
         width = x.shape[-1]
         kernel_init = self.kernel_init or small_init(width)
         exact = jnp.promote_types(x.dtype, jnp.float32)
-        router = nn.Dense(self.num_experts, use_bias=False, kernel_init=kernel_init, dtype=exact, name="router")
+        router = Dense(self.num_experts, use_bias=False, kernel_init=kernel_init, dtype=exact, name="router")
         routing = route(router(x.astype(exact)), self.top_k, mask)
         if not self.is_initializing():
             for name, value in (

@@ -5,6 +5,7 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from jaxpapers.nn.dense import Dense
 from jaxpapers.nn.initializers import torch_default_bias_init, torch_default_kernel_init
 from jaxpapers.typing import AnyArray
 
@@ -13,7 +14,7 @@ DROPOUT = 0.1
 
 def _dense(features: int, inputs: int, name: str) -> nn.Dense:
     bias_init = torch_default_bias_init(inputs)
-    return nn.Dense(features, kernel_init=torch_default_kernel_init, bias_init=bias_init, name=name)
+    return Dense(features, kernel_init=torch_default_kernel_init, bias_init=bias_init, name=name)
 
 
 def _conv(features: int, width: int, inputs: int, name: str, transposed: bool = False) -> nn.Conv:

@@ -16,6 +16,7 @@ from flax.linen.dtypes import promote_dtype
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from jaxpapers.nn.dense import Dense
 from jaxpapers.nn.transformer import CausalSelfAttention
 from jaxpapers.ops.scan import affine_scan
 from jaxpapers.sequence.pararnn.cells import (
@@ -216,13 +217,13 @@ class ParaRNNMixer(nn.Module):
         if self.skip not in SKIPS:
             raise ValueError(f"skip {self.skip!r} is unknown, expected one of {SKIPS}")
         width = x.shape[-1]
-        u, gate = jnp.split(nn.Dense(2 * width, use_bias=False, dtype=self.dtype, name="in")(x), 2, axis=-1)
+        u, gate = jnp.split(Dense(2 * width, use_bias=False, dtype=self.dtype, name="in")(x), 2, axis=-1)
         u = nn.silu(CausalConv(self.dtype, self.cache_length, name="conv")(u))
         y = make_cell(self.cell, width, self.num_heads, self.scheme, self.solver, self.dtype, self.cache_length)(u)
         if self.skip == "inner":
             y = y + self.param("skip", nn.initializers.ones, (width,)).astype(y.dtype) * u
         y = nn.RMSNorm(NORM_EPSILON, dtype=self.dtype, name="norm")(y * nn.silu(gate))
-        return nn.Dense(width, use_bias=False, dtype=self.dtype, name="out")(y)
+        return Dense(width, use_bias=False, dtype=self.dtype, name="out")(y)
 
 
 def make_cell(
@@ -339,7 +340,7 @@ class Mamba2Mixer(nn.Module):
         if inner % self.head_dim:
             raise ValueError(f"head_dim {self.head_dim} does not divide the inner width {inner}")
         heads = inner // self.head_dim
-        projected = nn.Dense(2 * inner + 2 * N + heads, use_bias=False, dtype=self.dtype, name="in")(x)
+        projected = Dense(2 * inner + 2 * N + heads, use_bias=False, dtype=self.dtype, name="in")(x)
         gate, u, dt = jnp.split(projected, [inner, 2 * inner + 2 * N], axis=-1)
         u = nn.silu(CausalConv(self.dtype, self.cache_length, name="conv")(u))
         exact = jnp.promote_types(u.dtype, jnp.float32)
@@ -354,7 +355,7 @@ class Mamba2Mixer(nn.Module):
         y = y + self.param("D", nn.initializers.ones, (heads,))[:, None] * u
         y = y.reshape(batch, steps, inner).astype(gate.dtype) * nn.silu(gate)
         y = nn.RMSNorm(NORM_EPSILON, dtype=self.dtype, name="norm")(y)
-        return nn.Dense(width, use_bias=False, dtype=self.dtype, name="out")(y)
+        return Dense(width, use_bias=False, dtype=self.dtype, name="out")(y)
 
 
 def _dt_bias_init(key: PRNGKeyArray, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:

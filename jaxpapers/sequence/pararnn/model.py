@@ -11,6 +11,7 @@ from jax.sharding import Sharding
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PyTree
 
+from jaxpapers.nn.dense import Dense
 from jaxpapers.nn.stack import Stack
 from jaxpapers.nn.transformer import SwiGLU
 from jaxpapers.sequence.pararnn.mixers import (
@@ -162,7 +163,7 @@ class ParaRNNLM(nn.Module):
         x = stack(x)
         x = x[:, -1:] if last_only else x
         x = nn.RMSNorm(NORM_EPSILON, dtype=self.dtype, name="norm")(x)
-        logits = nn.Dense(self.vocab_size, use_bias=False, dtype=self.dtype, name="head")(x)
+        logits = Dense(self.vocab_size, use_bias=False, dtype=self.dtype, name="head")(x)
         logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
         return logits if self.sharding is None else jax.lax.with_sharding_constraint(logits, self.sharding)
 
@@ -215,7 +216,7 @@ class SyntheticModel(nn.Module):
                 kept = self.param("skip", nn.initializers.ones, (self.width,)).astype(x.dtype) * x
             x = mixer(x) + kept if self.skip == "outer" else mixer(x)
         x = nn.RMSNorm(NORM_EPSILON, dtype=self.dtype, name="norm")(x)
-        logits = nn.Dense(self.vocab_size, use_bias=False, dtype=self.dtype, name="head")(x)
+        logits = Dense(self.vocab_size, use_bias=False, dtype=self.dtype, name="head")(x)
         return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
 
 
