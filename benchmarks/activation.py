@@ -12,7 +12,7 @@ and a cotangent, and returns values and gradients. The cotangent waits for all v
 Nothing is timed unless values and gradients agree. MiB are what JAX keeps between the passes, and the temporaries of
 the compiled program; XLA drops the barriers of `jax.checkpoint` on CPUs, where `remat` has the temporaries of `plain`.
 ReLU, GELU and the product of a SwiGLU stand beside the fused functions at equal parameters: the product has two inputs,
-each of two thirds of the width.
+each of two thirds of the width. At last whole updates of a language model, equal but for the activation.
 """
 
 import argparse
@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.alrnn import import_torch
+from benchmarks.rivals import Training
 from benchmarks.rivals.polycom import their_polynorm, their_polyrelu
 from benchmarks.timing import (
     environment,
@@ -42,6 +43,7 @@ from benchmarks.timing import (
 from benchmarks.training import SAMPLE_S
 from experiments.timing import residual_bytes, temporary_bytes
 from jaxpapers.components.polycom import (
+    TransformerLM,
     coeffs_from_reference,
     coeffs_to_reference,
     matched_hidden,
@@ -51,9 +53,14 @@ from jaxpapers.components.polycom import (
     rms_normalise,
 )
 from jaxpapers.nn.encoder import gelu
+from jaxpapers.nn.language import language_loss
+from jaxpapers.train import jit_once, make_optimizer
 
 COEFFS = np.float32([0.125, 0.375, -0.25, 0.5])  # exact in bfloat16, too
 # Of an array's norm. PyTorch's powers are in the type of the inputs, ours in float32: in bfloat16 they differ by 4e-3.
+MODEL = {"width": 256, "num_layers": 4, "num_heads": 4, "hidden": 1056, "vocab_size": 65}
+SEQUENCES, CONTEXT = 8, 256
+MODELS = ("swiglu", "relu", "gelu", "polyrelu", "polynorm")
 AGREEMENT = {"float32": 1e-5, "bfloat16": 2e-2}
 
 
@@ -92,6 +99,7 @@ def main(argv: Sequence[str]) -> int:
     x, other, g = (jax.random.normal(key, (args.rows, args.width), args.dtype) for key in keys)
     results = {name: compare_routes(name, x, g, torch, args.rounds) for name in CANDIDATES}
     results["activations"] = compare_activations(x, other, g, args.rounds)
+    results["models"] = compare_models(args.rounds)
     if args.json:
         write_json(args.json, {"environment": where} | results)
     return 0
@@ -200,6 +208,31 @@ def compare_activations(x: jax.Array, other: jax.Array, g: jax.Array, rounds: in
     }
     calls, memory = compile_all(cases)
     return measure("Activations at equal parameters, forward and backward", calls, memory, rounds)
+
+
+def compare_models(rounds: int) -> dict[str, Any]:
+    """Seconds per round of an update of a language model with each activation, at equal parameters."""
+    tokens = jax.random.randint(jax.random.key(0), (SEQUENCES, CONTEXT + 1), 0, MODEL["vocab_size"])
+    times = paired_times({name: language_update(name, tokens) for name in MODELS}, rounds, SAMPLE_S)
+    title = f"An update of {SEQUENCES} x {CONTEXT} tokens at equal parameters, float32"
+    table = figure_table("", "ms", "tokens/s", "x swiglu", "quartiles", title=title)
+    for name, ratio in ratios(times, "swiglu").items():
+        seconds = statistics.median(times[name])
+        rate = f"{SEQUENCES * CONTEXT / seconds:,.0f}"
+        table.add_row(name, f"{1e3 * seconds:.1f}", rate, f"{ratio.median:.2f}", f"{ratio.low:.2f}-{ratio.high:.2f}")
+    print_table(table)
+    return {"seconds": times}
+
+
+def language_update(activation: str, tokens: jax.Array) -> Training:
+    """One AdamW update after another of a model with an activation, on the same tokens."""
+    model = TransformerLM(activation=activation, **MODEL)
+
+    def loss(params: Any, extra: Any, tokens: jax.Array, key: Any) -> tuple:
+        return language_loss(model.apply({"params": params}, tokens[:, :-1]), tokens[:, 1:])[0], (extra, {})
+
+    params = jit_once(model.init)(jax.random.key(0), tokens[:, :-1])["params"]
+    return Training(loss, make_optimizer("adamw", 1e-3, clip_norm=1.0), params, None, tokens)
 
 
 def measure(

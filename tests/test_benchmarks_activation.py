@@ -3,6 +3,7 @@
 import json
 import sys
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -17,6 +18,9 @@ TORCHS = {"PyTorch", "PyTorch, recomputed"}
 def test_a_run_measures_every_route_and_leaves_its_figures(dtype, tmp_path, monkeypatch, capsys):
     pytest.importorskip("torch")
     monkeypatch.setattr(activation, "SAMPLE_S", 0.0)
+    small = {"width": 8, "num_layers": 1, "num_heads": 2, "hidden": 12}
+    monkeypatch.setattr(activation, "MODEL", activation.MODEL | small)
+    monkeypatch.setattr(activation, "CONTEXT", 4)
     file = tmp_path / "figures.json"
     options = ["--rows", "16", "--width", "96", "--dtype", dtype, "--rounds", "2", "--json", str(file)]
     assert activation.main(options) == 0
@@ -29,8 +33,21 @@ def test_a_run_measures_every_route_and_leaves_its_figures(dtype, tmp_path, monk
         assert 3 * kept["fused"] < kept["plain"]
         assert kept["remat"] <= kept["fused"] < 1.2 * 16 * 96 * jnp.dtype(dtype).itemsize
         assert figures[name]["bytes"]["fused"]["temporary"] > 0
-    assert {len(times) for times in figures["activations"]["seconds"].values()} == {2}
-    assert "SwiGLU's product" in capsys.readouterr().out
+    for what, names in {"activations": {"SwiGLU's product", "PolyNorm"}, "models": {"swiglu", "polynorm"}}.items():
+        assert names < set(figures[what]["seconds"])
+        assert {len(times) for times in figures[what]["seconds"].values()} == {2}
+    text = capsys.readouterr().out
+    assert "SwiGLU's product" in text
+    assert "tokens/s" in text
+
+
+def test_models_of_all_activations_have_equally_many_parameters():
+    tokens = jnp.zeros((1, 5), jnp.int32)
+    counts = [
+        sum(leaf.size for leaf in jax.tree.leaves(activation.language_update(name, tokens).state.params))
+        for name in activation.MODELS
+    ]
+    assert max(counts) <= 1.001 * min(counts)
 
 
 def test_without_pytorch_it_takes_no_part(monkeypatch, capsys):
