@@ -81,6 +81,7 @@ CYCLIC_PREFIX = (20, *(18,) * 6, 20, *(18,) * 6)  # samples, of a slot of 1 ms a
 LINE_OF_SIGHT_DOPPLER = 0.7  # of f_D: TR 38.901, Sec. 7.7.2
 SNR_REFERENCES = ("grid", "pilot")
 REALISATIONS = ("fresh", "fixed")
+GAP_DECIMALS = 15  # of seconds: what is less apart is rounding
 BESSEL_RANGE = 30  # arguments of `bessel_j0` are below
 
 
@@ -262,9 +263,21 @@ def path_gains(
     count = phi.shape[-1]
     alpha = (2 * np.pi * jnp.arange(1, count + 1) + jnp.asarray(theta)[..., None]) / count
     speed = 2 * np.pi * jnp.asarray(doppler_hz)[..., None, None] * jnp.cos(alpha)
-    angle = speed[..., None, :] * jnp.asarray(times)[:, None] + phi[..., None, :]
-    total = lax.complex(jnp.sum(jnp.cos(angle), axis=-1), jnp.sum(jnp.sin(angle), axis=-1))
-    return jnp.sqrt(powers / count)[:, None] * total
+    # From symbol to symbol every sinusoid turns by an angle of which there are few, two for the prefixes of LTE: a
+    # product of complex numbers a symbol takes half the time of a sine and a cosine.
+    gaps, kinds = np.unique(np.diff(times, prepend=0).round(GAP_DECIMALS), return_inverse=True)
+    turns = _unit(speed * gaps.reshape(-1, *(1,) * speed.ndim))
+
+    def next_symbol(phasors: Array, kind: Array) -> tuple[Array, Array]:
+        phasors = phasors * turns[kind]
+        return phasors, jnp.sum(phasors, axis=-1)
+
+    _, total = lax.scan(next_symbol, _unit(phi), kinds)
+    return jnp.sqrt(powers / count)[:, None] * jnp.moveaxis(total, 0, -1)
+
+
+def _unit(angle: Array) -> Array:
+    return lax.complex(jnp.cos(angle), jnp.sin(angle))
 
 
 def sum_of_sinusoids(
