@@ -1,9 +1,10 @@
 """Stacks of 3x3 convolutions of one to a few dozen channels, which is where all models here spend their time on a CPU.
 
-The CPU has a route of its own, `by_shifts`: inside a `lax.scan` over updates, and under `vmap` over models with kernels
-of their own, XLA leaves its fast convolutions there, and AdaFortiTran's CNNs take about ten times as long as by shifts
-(32 grids of 24 x 14, forward and backward, two cores). Accelerators keep `by_convolutions`, with
-products of whole float32 numbers: by default they would multiply fewer digits, which below -25 dB would be the error.
+Most devices take them as matrix products, `by_shifts`. On a CPU, XLA leaves its fast convolutions inside a `lax.scan`
+over updates and under `vmap` over models with kernels of their own, where AdaFortiTran's CNNs then take about ten times
+as long as by shifts (32 grids of 24 x 14, forward and backward, two cores). For a TPU it needs minutes and tens of GB
+to compile the gradients of so narrow ones. GPUs keep `by_convolutions`. Products have (almost) all digits of float32:
+by default accelerators would multiply fewer, which below -25 dB would be the error.
 """
 
 from collections.abc import Sequence
@@ -35,33 +36,40 @@ def by_convolutions(x: Float[AnyArray, "batch K T"], layers: Sequence[Layer]) ->
 def by_shifts(x: Float[AnyArray, "batch K T"], layers: Sequence[Layer]) -> Float[Array, "batch K T outputs"]:
     """The same by matrix products, channels first.
 
-    All grids lie one behind the other in one row, each with zeros above and at its left (the next ones' are those below
-    and at the right): a neighbour is a fixed number of places away, and a shift is one contiguous copy. Where a layer
-    has more outputs than inputs the inputs are shifted and then multiplied, elsewhere the products are: the fewer
-    channels are copied nine times.
+    The rows of a grid lie one behind the other, each with a zero at its left (the next one's is that at the right) and
+    zeros above: a neighbour is a fixed number of places away, and a shift is one slice. Where a layer has more outputs
+    than inputs the inputs are shifted and then multiplied, elsewhere the products are: the fewer channels are copied
+    nine times.
     """
     batch, K, T = x.shape
-    border = ((0, 0), (1, 0), (1, 0))
-    inside = np.pad(np.ones((batch, K, T), np.float32), border).reshape(-1)
+    border = ((1, 0), (1, 0))
+    inside = np.pad(np.ones((K, T), np.float32), border).reshape(-1)
     shifts = [(row - 1) * (T + 1) + column - 1 for row in range(3) for column in range(3)]
     margin, places = T + 2, inside.size
 
     def shifted(y: Array, shift: int) -> Array:
         return lax.slice_in_dim(y, margin + shift, margin + shift + places, axis=-1)
 
-    y = jnp.pad(jnp.asarray(x), border).reshape(1, -1)
+    def padded(y: Array) -> Array:
+        return jnp.pad(y, (*((0, 0),) * (y.ndim - 1), (margin, margin)))
+
+    def product(matrix: Array, y: Array) -> Array:
+        # Three passes of bfloat16 on a TPU: 1e-6 off. All six take it ten times as long to compile.
+        return jnp.matmul(matrix, y.reshape(len(y), -1), precision="high").reshape(-1, batch, places)
+
+    y = jnp.pad(jnp.asarray(x), ((0, 0), *border)).reshape(1, batch, places)
     for index, layer in enumerate(layers):
         kernel, bias = map(jnp.asarray, layer)
         y = nn.relu(y) * inside if index else y
         inputs, outputs = kernel.shape[2:]
         if inputs <= outputs:
-            padded = jnp.pad(y, ((0, 0), (margin, margin)))
-            y = kernel.reshape(-1, outputs).T @ jnp.concatenate([shifted(padded, shift) for shift in shifts])
+            y = padded(y)
+            y = product(kernel.reshape(-1, outputs).T, jnp.concatenate([shifted(y, shift) for shift in shifts]))
         else:
-            products = (jnp.swapaxes(kernel, 2, 3).reshape(-1, inputs) @ y).reshape(9, outputs, places)
-            padded = jnp.pad(products, ((0, 0), (0, 0), (margin, margin)))
-            y = reduce(jnp.add, [shifted(padded[place], shift) for place, shift in enumerate(shifts)])
-        y = y + bias[:, None]
+            products = product(jnp.swapaxes(kernel, 2, 3).reshape(-1, inputs), y).reshape(9, outputs, batch, places)
+            products = padded(products)
+            y = reduce(jnp.add, [shifted(products[place], shift) for place, shift in enumerate(shifts)])
+        y = y + bias[:, None, None]
     return jnp.moveaxis(y.reshape(-1, batch, K + 1, T + 1)[..., 1:, 1:], 0, -1)
 
 
@@ -79,7 +87,8 @@ class Convolutions(nn.Module):
         """Convolves; nothing follows the last one."""
         sizes = zip((1, *self.features[:-1]), self.features, strict=True)
         layers = [_Weights(outputs, name=f"conv{index}")(inputs) for index, (inputs, outputs) in enumerate(sizes)]
-        return lax.platform_dependent(jnp.asarray(x), layers, cpu=by_shifts, default=by_convolutions)
+        routes = {"cuda": by_convolutions, "rocm": by_convolutions, "default": by_shifts}
+        return lax.platform_dependent(jnp.asarray(x), layers, **routes)
 
 
 class _Weights(nn.Module):
