@@ -26,9 +26,9 @@ ViT is a change of fields: encoder=vit, features=768, nesting=(12, 24, ..., 768)
 Left out of `paper`: MRL without the smallest size (add `late` to the variants) and MRL-8boost (boost=(2.0,);
 `mrl_boost` is MRL-8+16boost); the probe on random features (Rand. LP), whose full-batch fit wants all of ImageNet's on
 one device. Left out altogether: the contrastive and masked-language models on JFT, ALIGN and Wikipedia (their losses
-are in the library); ImageNet-4K; the robustness sets; HNSW, and FAISS as a peer of the exact search; `lax.approx_max_k`
-on TPUs; a log-softmax over labels that are split over devices; for MRL's separate heads, the logits of one at a time,
-computed again in the backward pass, as the masked-language loss does it.
+are in the library); ImageNet-4K; the robustness sets; HNSW (FAISS' is a rival in `benchmarks search`);
+`lax.approx_max_k` on TPUs; a log-softmax over labels that are split over devices; for MRL's separate heads, the logits
+of one at a time, computed again in the backward pass, as the masked-language loss does it.
 """
 
 from collections.abc import Callable

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import scipy.io
 import scipy.special
+from hypothesis import given
+from hypothesis import strategies as st
 
 from jaxpapers.data import tdl
 from jaxpapers.data.download import CorruptData, DataNotFound, data_folder, find
@@ -56,6 +58,19 @@ def test_golden_path_gains_in_single_precision(golden):
         GRID.times(),
     )
     np.testing.assert_allclose(gains, golden["path_gain"], atol=1e-5)  # angles up to 6 of float32, 8 of them summed
+
+
+@given(times=st.lists(st.floats(0, 2e-3), min_size=1, max_size=6), seed=st.integers(0, 2**32 - 1))
+def test_path_gains_are_the_sum_of_sinusoids_at_any_times(times, seed):
+    rng = np.random.default_rng(seed)
+    theta, phi = rng.uniform(-np.pi, np.pi, (2, 3)), rng.uniform(-np.pi, np.pi, (2, 3, 4))
+    powers, doppler_hz = np.array([0.5, 0.3, 0.2]), np.array([100.0, 900.0])
+    alpha = (2 * np.pi * np.arange(1, 5) + theta[..., None]) / 4
+    angle = 2 * np.pi * doppler_hz[:, None, None] * np.cos(alpha)
+    waves = np.exp(1j * (angle[..., None] * np.array(times) + phi[..., None]))
+    with jax.enable_x64(True):
+        gains = tdl.path_gains(theta, phi, powers, doppler_hz, np.array(times))
+    np.testing.assert_allclose(gains, np.sqrt(powers / 4)[:, None] * waves.sum(-2), atol=1e-10)
 
 
 @pytest.mark.parametrize(("name", "taps"), [("TDL-A", 23), ("TDL-B", 23), ("TDL-C", 24)])
