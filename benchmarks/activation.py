@@ -9,10 +9,10 @@ and a cotangent, and returns values and gradients. The cotangent waits for all v
 - `PyTorch`: the authors' functions, eager, and `PyTorch, recomputed`: within its `checkpoint`, as they are used. They
   take part on a CPU where PyTorch is installed.
 
-Nothing is timed unless values and gradients agree. MiB are what JAX keeps between the passes, and the temporaries of
+No route is timed unless values and gradients agree. MiB are what JAX keeps between the passes, and the temporaries of
 the compiled program; XLA drops the barriers of `jax.checkpoint` on CPUs, where `remat` has the temporaries of `plain`.
 ReLU, GELU and the product of a SwiGLU stand beside the fused functions at equal parameters: the product has two inputs,
-each of two thirds of the width. At last whole updates of a language model, equal but for the activation.
+each of two thirds of the width. Last come whole updates of a language model, equal but for the activation.
 """
 
 import argparse
@@ -57,10 +57,10 @@ from jaxpapers.nn.language import language_loss
 from jaxpapers.train import jit_once, make_optimizer
 
 COEFFS = np.float32([0.125, 0.375, -0.25, 0.5])  # exact in bfloat16, too
-# Of an array's norm. PyTorch's powers are in the type of the inputs, ours in float32: in bfloat16 they differ by 4e-3.
 MODEL = {"width": 256, "num_layers": 4, "num_heads": 4, "hidden": 1056, "vocab_size": 65}
 SEQUENCES, CONTEXT = 8, 256
 MODELS = ("swiglu", "relu", "gelu", "polyrelu", "polynorm")
+# Of an array's norm. PyTorch's powers are in the type of the inputs, ours in float32: in bfloat16 they differ by 4e-3.
 AGREEMENT = {"float32": 1e-5, "bfloat16": 2e-2}
 
 

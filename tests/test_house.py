@@ -113,6 +113,13 @@ def test_every_room_stands_in_the_contracts():
     assert folders - others <= set(ROOMS)
 
 
+def test_dense_layers_are_the_librarys():
+    library = REPOSITORY / "jaxpapers"
+    own = library / "nn" / "dense.py"
+    for path in sorted(library.rglob("*.py")):
+        assert path == own or not re.search(r"\bnn\.Dense(General)?\(", path.read_text()), path
+
+
 def test_version_is_that_of_the_package():
     from importlib.metadata import version
 

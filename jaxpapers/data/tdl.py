@@ -17,7 +17,8 @@ rms delay spread, and Jakes fading of the largest Doppler shift f_D. Pilots carr
 - `simulate_batch`: pilots, channels and noise variances of slots in given conditions.
 - `read_mat_slots`: slots as the authors of AdaFortiTran (arXiv 2505.09076) store theirs.
 
-Everything but the readers is jittable; conditions are columns (SNR in dB, delay spread in ns, Doppler shift in Hz).
+Everything but the readers is jittable, with grids and times that are known beforehand; conditions are columns (SNR in
+dB, delay spread in ns, Doppler shift in Hz).
 """
 
 import json
@@ -253,7 +254,7 @@ def path_gains(
     phi: Float[AnyArray, "*batch taps sinusoids"],
     powers: Float[AnyArray, "taps"],
     doppler_hz: Float[AnyArray, "*batch"],
-    times: Float[AnyArray, "symbols"],
+    times: Float[np.ndarray, "symbols"],
 ) -> Complex[Array, "*batch taps symbols"]:
     """g_p(t) = sqrt(P_p / S) sum_n exp(i (2 pi f_D t cos alpha_n + phi_n)), alpha_n = (2 pi n + theta) / S, n = 1..S.
 
@@ -272,7 +273,7 @@ def path_gains(
         phasors = phasors * turns[kind]
         return phasors, jnp.sum(phasors, axis=-1)
 
-    _, total = lax.scan(next_symbol, _unit(phi), kinds)
+    _, total = lax.scan(next_symbol, _unit(phi), jnp.asarray(kinds))
     return jnp.sqrt(powers / count)[:, None] * jnp.moveaxis(total, 0, -1)
 
 
@@ -284,7 +285,7 @@ def sum_of_sinusoids(
     key: PRNGKeyArray,
     powers: Float[AnyArray, "taps"],
     doppler_hz: Float[AnyArray, "batch"],
-    times: Float[AnyArray, "symbols"],
+    times: Float[np.ndarray, "symbols"],
     num_sinusoids: int = 32,
     line_of_sight: bool = False,
 ) -> Complex[Array, "batch taps symbols"]:

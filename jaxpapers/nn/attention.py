@@ -82,10 +82,10 @@ def full_attention(
     mask = _with_past(mask, causal, q, k)
     batch, _, heads, head_dim = q.shape
     exact = jnp.promote_types(q.dtype, jnp.float32)
-    # Heads beside the batch make plain products of both contractions. The scale multiplies the queries, and the
-    # softmax's sum divides the result: the weights are many more numbers.
+    # Heads beside the batch make plain products of both contractions, and the softmax's sum divides the result, not the
+    # weights, which are many more numbers.
     q, k, v = (jnp.moveaxis(jnp.asarray(x), 2, 1).reshape(batch * heads, -1, x.shape[-1]) for x in (q, k, v))
-    logits = jnp.einsum("nqd,nkd->nqk", q * head_dim**-0.5, k, preferred_element_type=exact)
+    logits = jnp.einsum("nqd,nkd->nqk", q, k, preferred_element_type=exact) * head_dim**-0.5
     if mask is not None:
         logits = jnp.where(jnp.asarray(mask).reshape(-1, *mask.shape[-2:]), logits, -jnp.inf)
     # Whatever is subtracted cancels: no derivative goes through it.

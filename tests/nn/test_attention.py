@@ -409,6 +409,15 @@ def test_half_precision_stays_close():
     np.testing.assert_allclose(flash(*halves, block_size=5).astype(jnp.float32), exact, atol=0.03)  # 8 bits of 2
 
 
+def test_logits_of_halves_have_the_digits_of_float32():
+    q, k = (jnp.asarray(8 * x, jnp.bfloat16) for x in np.random.default_rng(0).normal(size=(2, 1, 16, 1, 24)))
+    v = jnp.asarray(np.eye(16)[None, :, None], jnp.bfloat16)  # the result are the weights
+    exact = attention_weights(q.astype(jnp.float32), k.astype(jnp.float32))[0, 0]
+    found = full(q, k, v)[0, :, 0].astype(jnp.float32)
+    # Weights lose digits once more where they multiply v; logits of up to 80 would lose .2 themselves.
+    np.testing.assert_allclose(found, exact, rtol=2**-7, atol=1e-6)
+
+
 def test_bad_input_is_refused():
     q, k, v = draw(19)
     with pytest.raises(ValueError, match="block_size must be at least 1, got 0"):

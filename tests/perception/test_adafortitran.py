@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import scipy.interpolate
 
+from experiments.timing import temporary_bytes
 from jaxpapers.nn.patches import patchify, unpatchify
 from jaxpapers.perception import adafortitran as ada
 from jaxpapers.perception.adafortitran import convolution
@@ -321,6 +322,18 @@ def test_layers_start_as_copies_of_one_and_drop_differently():
     assert not np.allclose(first, other)
     recomputed = model.clone(remat=True).apply(params, tokens, False, rngs={"dropout": jax.random.key(2)})
     np.testing.assert_allclose(recomputed, first, atol=1e-5)
+
+
+def test_recomputed_layers_are_not_kept():
+    tokens = jnp.zeros((8, 32, 4))
+
+    def bytes_of(remat):
+        model = ada.PatchEncoder(3, 16, 2, 6, 32, remat=remat)
+        params = jax.eval_shape(model.init, jax.random.key(1), tokens)
+        gradient = jax.jit(jax.grad(lambda params: model.apply(params, tokens).sum()))
+        return temporary_bytes(gradient.lower(params).compile())
+
+    assert bytes_of(remat=True) < 0.6 * bytes_of(remat=False)
 
 
 def sigmoid(x):

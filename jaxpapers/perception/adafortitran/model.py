@@ -131,7 +131,8 @@ class PatchEncoder(nn.Module):
             variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": False, "dropout": True},
             length=self.num_layers,
-            unroll=UNROLLED,
+            # Without a loop XLA would merge the second computation with the first.
+            unroll=1 if self.remat else UNROLLED,
         )
         x, _ = layers(
             block(
@@ -196,7 +197,7 @@ class FortiTran(nn.Module):
         dropout_rate: of the encoder.
         remat: as of `PatchEncoder`.
         dtype: of the encoder up to its last layer. That one, the upsampler, the CNNs and the sum are in float32, their
-            products as well.
+            products as well (on TPUs the CNNs' to 1e-6).
     """
 
     size: tuple[int, int] = (120, 14)
