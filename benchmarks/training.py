@@ -9,8 +9,8 @@ What stands against the goal on a CPU. Most of an update are products of matrice
 the cores can: where a large product runs at 210 GFLOP/s, its whole update of the ResNet runs at 155, that of PolyCom's
 model at 104. XLA is ahead in what lies between them. It is behind in convolutions (86 GFLOP/s with 64 channels, 170
 with 256), for whose kernels' gradients it also copies the activations into another order, a fifth of the ResNet's
-update. And it allocates all temporaries of an update anew, a gigabyte for the larger AdaFortiTran: their page faults are
-5 to 35% of our updates. GLIBC_TUNABLES=glibc.malloc.hugetlb=1 takes them away, and as much of PyTorch's.
+update. And it allocates all temporaries of an update anew, a gigabyte for the larger AdaFortiTran: their page faults
+are 5 to 35% of our updates. GLIBC_TUNABLES=glibc.malloc.hugetlb=1 takes them away, and as much of PyTorch's.
 
 PyTorch chooses its number of threads, usually that of the cores. Where other programs use these, its threads wait for
 each other at every operation, ten times as long as they compute: such a comparison says nothing. There, give both sides

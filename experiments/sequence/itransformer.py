@@ -7,10 +7,11 @@ and how similar the blocks' representations are to each other, and attention map
 without a claim: the other attentions on illness (Table 2; "flash" is the function of "full"), the ablation on ETTh1,
 Transformers of time steps at two look-backs.
 
-`small` takes 6 to 14 minutes on 2 CPU cores, on ETTh1, ETTh2, Exchange, illness and a synthetic series, with fewer windows
-and updates than the paper and mostly without dropout (`_itransformer_stages` says where). The synthetic series stands
-for the paper's sets of hundreds of variates. Its recipe was chosen by closed-form bounds (`_itransformer_linear`): the
-claims on it show that attention finds what other variates say, not that real series say as much.
+`small` takes 6 to 14 minutes on 2 CPU cores, on ETTh1, ETTh2, Exchange, illness and a synthetic series, with fewer
+windows and updates than the paper and mostly without dropout (`_itransformer_stages` says where). The synthetic series
+stands for the paper's sets of hundreds of variates. Its recipe was chosen by closed-form bounds
+(`_itransformer_linear`): the claims on it show that attention finds what other variates say, not that real series say
+as much.
 
 What it does not show: Table 2 after full training. The rivals of the first claim have 44 and 26 updates. On Exchange
 most of the gain is instance normalisation's (MSE .122 inverted, .140 on time steps with it, 1.46 without), and none is
@@ -20,7 +21,8 @@ than the mean of the training rows (2.1). The row of ETTh1 has 4 of 10 epochs.
 The claim on subsets fails: training on 13 of 64 variates a batch gives 1.15 times the error of training on all after
 2,228 updates (1.11 in another run: .402 against .362), where 1.10 is allowed. It holds with less training, 1.09 after
 1,857, and fails the more with more, 1.16 after 3,716 (.388 against .335): training on all keeps finding what other
-variates say (the bound with all pasts is .113), and 13 have less to say than 64. An update costs 0.2 to 0.3 of the time.
+variates say (the bound with all pasts is .113), and 13 have less to say than 64. An update costs 0.2 to 0.3 of the
+time.
 
 A csv of your own: `python -m experiments.sequence.itransformer forecast data.csv --horizon 96 --out forecast.csv`.
 
