@@ -66,6 +66,7 @@ MEASURED = {
     **{f"fixed/{name}/mean": [-14.0, -15.0] for name in ROWS},
     "fixed/adafortitran/mean": [-27.0, -27.2],
     "fixed/adafortitran_s/mean": [-26.0, -26.4],
+    "fixed/matched/mean": [-18.9],
     **{f"fresh/{name}/mean": [-13.0, -13.1] for name in ("adafortitran", *ROWS)},
     "fresh/matched/db": [CLOSED["grid"]["bound"]],
     **{
