@@ -16,7 +16,7 @@ each of two thirds of the width. Last come whole updates of a language model, eq
 """
 
 import argparse
-import importlib.util
+import importlib
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -27,13 +27,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.alrnn import import_torch
 from benchmarks.rivals import Training
 from benchmarks.rivals.polycom import their_polynorm, their_polyrelu
 from benchmarks.timing import (
     environment,
     environment_line,
     figure_table,
+    find_rival,
     mebibytes,
     paired_times,
     print_table,
@@ -107,11 +107,8 @@ def main(argv: Sequence[str]) -> int:
 
 def find_torch(threads: int | None) -> Any:
     """PyTorch, or None where it takes no part."""
-    if jax.devices()[0].platform != "cpu" or importlib.util.find_spec("torch") is None:
-        print("PyTorch takes no part: that wants a CPU and pip install 'jaxpapers[bench]'")
-        return None
-    torch = import_torch()
-    if threads is not None:
+    torch = find_rival("PyTorch", lambda: importlib.import_module("torch"))
+    if torch and threads is not None:
         torch.set_num_threads(threads)
     return torch
 
@@ -219,7 +216,7 @@ def compare_models(rounds: int) -> dict[str, Any]:
     for name, ratio in ratios(times, "swiglu").items():
         seconds = statistics.median(times[name])
         rate = f"{SEQUENCES * CONTEXT / seconds:,.0f}"
-        table.add_row(name, f"{1e3 * seconds:.1f}", rate, f"{ratio.median:.2f}", f"{ratio.low:.2f}-{ratio.high:.2f}")
+        table.add_row(name, f"{1e3 * seconds:.1f}", rate, *ratio.cells())
     print_table(table)
     return {"seconds": times}
 
@@ -245,6 +242,6 @@ def measure(
     for name, ratio in ratios(times, baseline).items():
         sizes = [mebibytes(memory[name][what]) if name in memory else "-" for what in ("kept", "temporary")]
         milliseconds = f"{1e3 * statistics.median(times[name]):.3f}"
-        table.add_row(name, milliseconds, f"{ratio.median:.2f}", f"{ratio.low:.2f}-{ratio.high:.2f}", *sizes)
+        table.add_row(name, milliseconds, *ratio.cells(), *sizes)
     print_table(table)
     return {"seconds": times, "bytes": memory}

@@ -30,6 +30,7 @@ from benchmarks.timing import (
     environment,
     environment_line,
     figure_table,
+    find_rival,
     paired_times,
     print_table,
     ratios,
@@ -94,20 +95,19 @@ def main(argv: Sequence[str]) -> int:
 
 def find_sionna(threads: int | None) -> Sionna | None:
     """Sionna, or None where it takes no part."""
-    if jax.devices()[0].platform == "cpu":
-        try:
-            import sionna
-            import torch
-            from sionna import phy
-            from sionna.phy.channel.tr38901 import TDL
-        except ImportError:
-            pass
-        else:
-            if threads is not None:
-                torch.set_num_threads(threads)
-            return Sionna(sionna.__version__, torch, phy, TDL)
-    print("Sionna takes no part: that wants a CPU and pip install 'jaxpapers[bench]'")
-    return None
+
+    def load() -> Sionna:
+        import sionna
+        import torch
+        from sionna import phy
+        from sionna.phy.channel.tr38901 import TDL
+
+        return Sionna(sionna.__version__, torch, phy, TDL)
+
+    found = find_rival("Sionna", load)
+    if found and threads is not None:
+        found.torch.set_num_threads(threads)
+    return found
 
 
 def compare(sionna: Sionna | None, profile: str, num_subcarriers: int, batch: int, rounds: int) -> dict[str, Any]:
@@ -260,7 +260,7 @@ def report(point: str, times: Mapping[str, Sequence[float]], batch: int) -> None
     for name, ratio in over.items():
         seconds = statistics.median(times[name])
         rate, milliseconds = f"{batch / seconds:,.0f}", f"{1e3 * seconds:.3f}"
-        table.add_row(name, rate, milliseconds, f"{ratio.median:.3f}", f"{ratio.low:.3f}-{ratio.high:.3f}")
+        table.add_row(name, rate, milliseconds, *ratio.cells(digits=3))
     print_table(table)
     if "Sionna" in over:
         print(f"{point}: {over['Sionna']} times Sionna's fresh slots per second\n")

@@ -19,7 +19,6 @@ Where other programs use the cores, FAISS' threads wait for each other: there, g
 
 import argparse
 import importlib
-import importlib.util
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -33,6 +32,7 @@ import numpy as np
 from benchmarks.timing import (
     environment,
     figure_table,
+    find_rival,
     paired_times,
     print_table,
     ratios,
@@ -118,11 +118,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def find_faiss(threads: int | None) -> Any:
     """FAISS, or None where it takes no part."""
-    if jax.devices()[0].platform != "cpu" or importlib.util.find_spec("faiss") is None:
-        print("FAISS takes no part: that wants a CPU and pip install 'jaxpapers[bench]'")
-        return None
-    faiss = importlib.import_module("faiss")
-    if threads is not None:
+    faiss = find_rival("FAISS", lambda: importlib.import_module("faiss"))
+    if faiss and threads is not None:
         faiss.omp_set_num_threads(threads)
     return faiss
 
@@ -259,6 +256,6 @@ def report(times: Mapping[str, Sequence[float]], recall: Mapping[str, float], qu
     for name, samples in times.items():
         cells = [f"{1e3 * statistics.median(samples) / queries:.4f}", f"{recall[name]:.3f}"]
         for each in over.values():
-            cells += [f"{each[name].median:.2f}", f"{each[name].low:.2f}-{each[name].high:.2f}"]
+            cells += each[name].cells()
         table.add_row(name, *cells)
     print_table(table)

@@ -10,6 +10,7 @@ load then falls on both sides of each ratio. A typical benchmark:
     write_json(path, {"environment": environment(), "seconds": times})
 """
 
+import contextlib
 import json
 import os
 import statistics
@@ -17,7 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 from rich.console import Console
@@ -25,6 +26,7 @@ from rich.table import Table
 
 from jaxpapers.train import write_whole
 
+T = TypeVar("T")
 # Where the output is no terminal (a log, a pipe) rich would fold the tables at 80 columns.
 CONSOLE = Console(width=None if sys.stdout.isatty() else 130)
 
@@ -38,6 +40,10 @@ class Ratio(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.median:.2f} ({self.low:.2f}-{self.high:.2f})"
+
+    def cells(self, digits: int = 2) -> tuple[str, str]:
+        """Median and quartiles, for two columns of a table."""
+        return f"{self.median:.{digits}f}", f"{self.low:.{digits}f}-{self.high:.{digits}f}"
 
 
 def paired_times(
@@ -171,12 +177,7 @@ def ratio_table(
     headings = ("", "ms", f"x {baseline}", "quartiles", *(["MiB"] if memory is not None else []))
     table = figure_table(*headings, title=title)
     for name, ratio in ratios(times, baseline).items():
-        row = [
-            name,
-            f"{1e3 * statistics.median(times[name]):.3f}",
-            f"{ratio.median:.2f}",
-            f"{ratio.low:.2f}-{ratio.high:.2f}",
-        ]
+        row = [name, f"{1e3 * statistics.median(times[name]):.3f}", *ratio.cells()]
         table.add_row(*row, *([mebibytes(memory.get(name))] if memory is not None else []))
     return table
 
@@ -197,6 +198,15 @@ def mebibytes(size: int | None) -> str:
 def print_table(table: Table) -> None:
     """Print a rich table to standard output, unfolded where that is no terminal."""
     CONSOLE.print(table)
+
+
+def find_rival(name: str, load: Callable[[], T]) -> T | None:
+    """What `load` imports; None, with a word, where that is not installed or where JAX does not compute on a CPU."""
+    if jax.devices()[0].platform == "cpu":
+        with contextlib.suppress(ImportError):
+            return load()
+    print(f"{name} takes no part: that wants a CPU and pip install 'jaxpapers[bench]'")
+    return None
 
 
 def environment() -> dict[str, Any]:

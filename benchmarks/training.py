@@ -134,7 +134,7 @@ def summarise(results: dict[str, dict[str, dict[str, list[float]]]]) -> None:
     for slug, points in results.items():
         over = {point: ratios(times, "jaxpapers")["PyTorch"] for point, times in points.items()}
         for point, ratio in over.items():
-            table.add_row(f"{slug}, {point}", f"{ratio.median:.2f}", f"{ratio.low:.2f}-{ratio.high:.2f}")
+            table.add_row(f"{slug}, {point}", *ratio.cells())
         means.append(mean(ratio.median for ratio in over.values()))
     print_table(table)
     verdict = "reached" if mean(means) >= GOAL else "missed"

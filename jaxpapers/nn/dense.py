@@ -14,7 +14,6 @@ from typing import Any
 
 import flax.linen as nn
 from jax import lax
-from jax.typing import DTypeLike
 from jaxtyping import Array
 
 Axes = Sequence[int]
@@ -25,7 +24,6 @@ def matrix_product(
     kernel: Array,
     dimension_numbers: tuple[tuple[Axes, Axes], tuple[Axes, Axes]],
     precision: Any = None,
-    preferred_element_type: DTypeLike | None = None,
 ) -> Array:
     """`lax.dot_general` for the attribute `dot_general` of flax's layers.
 
@@ -37,9 +35,8 @@ def matrix_product(
         kernel: (*inputs, *features).
         dimension_numbers: as `lax.dot_general` has them.
         precision: likewise.
-        preferred_element_type: likewise.
     """
-    product = partial(lax.dot_general, precision=precision, preferred_element_type=preferred_element_type)
+    product = partial(lax.dot_general, precision=precision)
     (axes, kernel_axes), (batch_axes, _) = dimension_numbers
     batch, inputs = x.shape[: x.ndim - len(axes)], x.shape[x.ndim - len(axes) :]
     plain = tuple(axes) == tuple(range(len(batch), x.ndim)) and tuple(kernel_axes) == tuple(range(len(inputs)))

@@ -1,13 +1,12 @@
 """Parts of a decoder-only Transformer: rotary positions, causal attention in chunks or with a cache, SwiGLU."""
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from jaxpapers.nn.attention import causal_attention
+from jaxpapers.nn.attention import causal_attention, full_attention
 from jaxpapers.nn.dense import Dense, DenseGeneral
 from jaxpapers.typing import AnyArray, Initializer
 
@@ -113,7 +112,7 @@ class CausalSelfAttention(nn.Module):
         values.value = lax.dynamic_update_slice_in_dim(values.value, v, index.value, axis=1)
         index.value = index.value + steps
         past = jnp.arange(length) <= positions[:, None]
-        out = jax.nn.dot_product_attention(q, keys.value, values.value, mask=past[None, None])
+        out = full_attention(q, keys.value, values.value, mask=past)
         # The update above moves what does not fit to the end of the cache, over other tokens.
         return jnp.where(index.value <= length, out, jnp.nan)
 

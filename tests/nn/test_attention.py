@@ -207,9 +207,8 @@ def test_causal_attention_by_chunks_of_queries_is_full_attention(chunk):
                 partial(full_attention, causal=True),
             )
         )
-        # JAX's softmax is in float32 here as well.
         for found in (ours, whole):
-            jax.tree.map(partial(np.testing.assert_allclose, atol=2e-6), found, expected)
+            jax.tree.map(partial(np.testing.assert_allclose, atol=1e-12), found, expected)
 
 
 def test_causal_attention_by_chunks_never_holds_all_weights():

@@ -87,8 +87,8 @@ class Convolutions(nn.Module):
         """Convolves; nothing follows the last one."""
         sizes = zip((1, *self.features[:-1]), self.features, strict=True)
         layers = [_Weights(outputs, name=f"conv{index}")(inputs) for index, (inputs, outputs) in enumerate(sizes)]
-        routes = {"cuda": by_convolutions, "rocm": by_convolutions, "default": by_shifts}
-        return lax.platform_dependent(jnp.asarray(x), layers, **routes)
+        x = jnp.asarray(x)
+        return lax.platform_dependent(x, layers, cuda=by_convolutions, rocm=by_convolutions, default=by_shifts)
 
 
 class _Weights(nn.Module):

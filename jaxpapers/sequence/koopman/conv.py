@@ -5,16 +5,10 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from jaxpapers.nn.dense import Dense
-from jaxpapers.nn.initializers import torch_default_bias_init, torch_default_kernel_init
+from jaxpapers.nn.initializers import torch_default_bias_init, torch_dense
 from jaxpapers.typing import AnyArray
 
 DROPOUT = 0.1
-
-
-def _dense(features: int, inputs: int, name: str) -> nn.Dense:
-    bias_init = torch_default_bias_init(inputs)
-    return Dense(features, kernel_init=torch_default_kernel_init, bias_init=bias_init, name=name)
 
 
 def _conv(features: int, width: int, inputs: int, name: str, transposed: bool = False) -> nn.Conv:
@@ -64,7 +58,7 @@ class ConvEncoder(nn.Module):
         x = nn.relu(_conv(256, 3, x.shape[-1], "conv4")(x))
         x = nn.Dropout(DROPOUT, deterministic=not self.has_rng("dropout"))(x)
         x = x.reshape(*batch, -1)
-        return _dense(self.latent_dim, x.shape[-1], "latent")(x)
+        return torch_dense(self.latent_dim, x.shape[-1], name="latent")(x)
 
 
 class ConvDecoder(nn.Module):
@@ -89,7 +83,7 @@ class ConvDecoder(nn.Module):
         if height % 16 or width % 16 or not height * width:
             raise ValueError(f"height and width must be positive multiples of 16, got {height} and {width}")
         small = (height // 16, width // 16, 256)
-        x = nn.relu(_dense(int(np.prod(small)), z.shape[-1], "expand")(z))
+        x = nn.relu(torch_dense(int(np.prod(small)), z.shape[-1], name="expand")(z))
         x = nn.Dropout(DROPOUT, deterministic=not self.has_rng("dropout"))(x).reshape(*z.shape[:-1], *small)
         x = nn.relu(_conv(128, 3, 256, "up0", transposed=True)(x))
         for index, (features, size) in enumerate(((64, 3), (32, 3), (16, 5), (channels, 7)), 1):

@@ -7,8 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Key
 
-from jaxpapers.nn.dense import Dense
-from jaxpapers.nn.initializers import torch_default_bias_init, torch_default_kernel_init
+from jaxpapers.nn.initializers import torch_dense
 from jaxpapers.sequence.koopman.information import info_nce, von_neumann_entropy
 from jaxpapers.typing import AnyArray
 
@@ -30,8 +29,7 @@ class MLP(nn.Module):
         for index, width in enumerate(self.features):
             if index:
                 x = nn.gelu(x, approximate=False)
-            bias_init = torch_default_bias_init(x.shape[-1])
-            x = Dense(width, kernel_init=torch_default_kernel_init, bias_init=bias_init)(x)
+            x = torch_dense(width, x.shape[-1])(x)
         return jnp.asarray(x)
 
 
